@@ -1,0 +1,249 @@
+"""Composes every point of a command and finds what is wrong with it before anything runs, as one line for the user."""
+
+import copy
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from prefpipe import suggest
+from prefpipe.config import register_schemas, to_run_config, unknown_keys
+from prefpipe.errors import ConfigError
+from prefpipe.settings import STAGES, Stage
+
+STOCK_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+"""What Hydra may instantiate: its own launchers and sweepers, and those installed beside it."""
+
+
+class Checker:
+    """Checks one command. conf and folders: the primary config folder, and all that offer options."""
+
+    def __init__(self, conf: Path, folders: Sequence[Path], config_name: str, *, multirun: bool) -> None:
+        self.conf = conf
+        self.groups = suggest.groups_and_options(folders)
+        self.config_name = config_name
+        self.multirun = multirun
+
+    def compose(self, overrides: Sequence[str]) -> list[DictConfig]:
+        """Every point's composed config, with its hydra node; keys are checked, values only as far as their type."""
+        register_schemas()
+        with hydra.initialize_config_dir(str(self.conf), version_base="1.3", job_name="prefpipe"):
+            return [self._compose(index, point) for index, point in enumerate(self._points(overrides))]
+
+    def check(self, overrides: Sequence[str]) -> list[DictConfig]:
+        """compose, and everything else that can be known without running. Raises ConfigError."""
+        configs = self.compose(overrides)
+        for cfg in configs:
+            self._check_values(cfg)
+        if self.multirun:
+            _check_points_differ(configs)
+        return configs
+
+    def _points(self, overrides: Sequence[str]) -> Iterator[list[str]]:
+        """The overrides of each point, spelt and ordered as by Hydra's own sweeper; without -m there is one."""
+        values: list[list[str]] = []
+        for override in _parse(overrides):
+            line, key = override.input_line, override.get_key_element()
+            if "_target_" in str(line):
+                raise ConfigError(_refused(line))
+            if not override.is_sweep_override():
+                values.append([line if override.is_delete() else f"{key}={override.get_value_element_as_str()}"])
+            elif not self.multirun:
+                raise ConfigError(f"{line} gives several values: add -m to sweep over them; a list is written {key}=[a,b]")
+            elif override.is_discrete_sweep():
+                values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                values.append([f"{key}={override.value().start}"])  # an interval, which only other sweepers take
+        return (list(point) for point in itertools.product(*values))
+
+    def _compose(self, index: int, overrides: list[str]) -> DictConfig:
+        try:
+            cfg = hydra.compose(self.config_name, overrides, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(self._explain(error, overrides)) from error
+        with read_write(cfg), open_dict(cfg.hydra.job):
+            cfg.hydra.job.num, cfg.hydra.job.id = index, str(index)
+        _refuse_targets(cfg)
+        unknown = list(unknown_keys(without_hydra(cfg)))
+        if unknown or any(override.is_delete() for override in _parse(overrides)):
+            base = self._base(overrides)
+            problem = self._culprit(overrides, base) or (self._unknown_key(unknown[0], base) if unknown else None)
+            if problem:
+                raise ConfigError(problem)
+        return cfg
+
+    def _check_values(self, cfg: DictConfig) -> None:
+        launcher = cfg.hydra.runtime.choices["hydra/launcher"]
+        if launcher != "basic" and not self.multirun:
+            raise ConfigError(f"hydra/launcher={launcher} would be ignored, as it acts on sweeps only: add -m")
+        HydraConfig.instance().set_config(cfg)
+        task = without_hydra(cfg)
+        default_stage(task, cfg.hydra.runtime.choices)
+        if OmegaConf.is_missing(task, "stage"):
+            raise ConfigError(f"say what to do: stage=STAGE, one of {STAGES}; or experiment=NAME; see prefpipe --help")
+        try:
+            to_run_config(task)
+        except OmegaConfBaseException as error:
+            raise ConfigError(self._reason(error, None)) from error
+
+    def _explain(self, error: Exception, overrides: list[str]) -> str:
+        """Why a point does not compose: the override at fault if there is one, else what Hydra found."""
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            group, _, option = str(error.missing_cfg_file).rpartition("/")
+            if option.startswith("submitit_"):
+                return f"{group}={option} needs Hydra's submitit launcher: pip install 'prefpipe[slurm]'"
+            return suggest.unknown_option(group, option, error.options or [], self.groups)
+        base = self._base(overrides)
+        return self._culprit(overrides, base) or self._reason(error, base)
+
+    def _reason(self, error: BaseException, base: DictConfig | None) -> str:
+        """What OmegaConf found, with key, value and, for a config file, its name."""
+        where = re.match(r"In '[^']+': ", str(error))
+        cause = error
+        while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
+            cause = cause.__cause__
+        if not isinstance(cause, OmegaConfBaseException):
+            return suggest.one_line(error)
+        prefix, key = where.group() if where else "", cause.full_key or ""
+        reason = suggest.one_line(str(cause.msg or cause).partition("\n")[0])
+        if isinstance(cause, MissingMandatoryValue):
+            options = self.groups.get(key)
+            return f"{key} must be given: {key}=" + (f"OPTION, one of {', '.join(options)}" if options else "VALUE")
+        if base is not None and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return prefix + self._unknown_key(key, base)
+        return f"{prefix}{key}{'' if cause.value is None else f'={cause.value}'}: {reason}"
+
+    def _culprit(self, overrides: list[str], base: DictConfig) -> str | None:
+        """The first override that cannot be meant: of a key that no chosen option has, or deleting one that all need."""
+        keys = {key for key, _ in _nodes(base)}
+        for override in _parse(overrides):
+            key, line = override.key_or_group, override.input_line
+            if key in self.groups or key.startswith(("hydra.", "hydra/")):
+                continue
+            if key not in keys:
+                problem = self._unknown_override(override, base)
+                if problem:
+                    return problem
+            elif override.is_delete() and key in suggest.declared_keys():
+                return f"{line}: a key cannot be deleted; give it another value"
+            elif override.is_add() and OmegaConf.select(base, key, throw_on_missing=False) is not None:
+                return f"{line}: {key} is already there; write {str(line)[1:]}"
+        return None
+
+    def _unknown_override(self, override: Override, base: DictConfig) -> str | None:
+        key, parent_key = override.key_or_group, override.key_or_group.rpartition(".")[0]
+        parent = OmegaConf.select(base, parent_key, throw_on_missing=False) if parent_key else None
+        free = isinstance(parent, DictConfig) and not dataclasses.is_dataclass(OmegaConf.get_type(parent))
+        if not free or dataclasses.is_dataclass(parent._metadata.element_type):
+            return self._unknown_key(key, base)
+        if override.is_add() or override.is_force_add():
+            return None
+        return f"no such config key: {key}; names under {parent_key} are your own: write +{override.input_line}"
+
+    def _unknown_key(self, key: str, base: DictConfig) -> str:
+        present = [name for name, leaf in _nodes(base) if leaf and not name.startswith("hydra.")]
+        return suggest.unknown_key(key, present, base.hydra.runtime.choices, self.groups)
+
+    def _base(self, overrides: list[str]) -> DictConfig:
+        """The config of the chosen options alone; without the experiment when that is what does not compose."""
+        chosen = [o for o in _parse(overrides) if o.key_or_group in self.groups and not isinstance(o.value(), dict)]
+        for skipped in ((), ("experiment", "debug"), tuple(self.groups)):
+            lines = [str(o.input_line) for o in chosen if o.key_or_group not in skipped]
+            try:
+                return hydra.compose(self.config_name, lines, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException):
+                continue
+        raise ConfigError(f"{self.conf / self.config_name}.yaml does not compose by itself")
+
+
+def default_stage(cfg: DictConfig, choices: DictConfig) -> None:
+    """An experiment given alone runs its loop."""
+    if OmegaConf.is_missing(cfg, "stage") and choices.get("experiment"):
+        cfg.stage = Stage.loop
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """What run() gets: a copy without the hydra node."""
+    task = copy.deepcopy(cfg)
+    with read_write(task), open_dict(task):
+        del task["hydra"]
+    return task
+
+
+def point_name(overrides: Sequence[str]) -> str:
+    """A sweep point's folder: its overrides, sorted; with a hash where they are too long or had to be made safe."""
+    exact = ",".join(sorted(line for line in (o.lstrip("+") for o in overrides) if not _NOT_IN_POINT_NAME.match(line)))
+    safe = re.sub(r"[^\w.,=+-]+", "", exact, flags=re.ASCII)
+    if safe == exact and len(exact) <= 100:
+        return exact
+    return f"{safe[:100]}-{suggest.short_hash(exact)}"
+
+
+# They say what is done with a point, or are part of its path already.
+_NOT_IN_POINT_NAME = re.compile(r"(stage|exp_name|point|round|overwrite|plan|experiment|paths|(paths|inputs|hydra)[./][^=]*)=")
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = []
+    for line in overrides:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException as error:
+            reason = suggest.one_line(str(error).partition("\nSee https://")[0])
+            raise ConfigError(f"""cannot read {line}: {reason}; quote a value with = or , in it: 'key="a=b"'""") from error
+    return parsed
+
+
+def _refuse_targets(cfg: DictConfig) -> None:
+    """Hydra builds what stands in its own node before any code of ours runs, so look first."""
+    for key, node in _nodes(cfg):
+        if key.rpartition(".")[2] == "_target_":
+            value = OmegaConf.to_container(cfg, resolve=False)
+            for part in key.split("."):
+                value = value[int(part) if isinstance(value, list) else part]  # type: ignore[index, call-overload]
+            if key not in ("hydra.launcher._target_", "hydra.sweeper._target_") or not str(value).startswith(STOCK_PLUGINS):
+                raise ConfigError(_refused(f"{key}={value}"))
+
+
+def _refused(what: object) -> str:
+    return f"{what}: refused; a component is chosen by its name, e.g. loss=dpo, never by _target_"
+
+
+def _check_points_differ(configs: Sequence[DictConfig]) -> None:
+    seen: dict[tuple[Any, ...], str] = {}
+    for cfg in configs:
+        HydraConfig.instance().set_config(cfg)
+        overrides = list(cfg.hydra.overrides.task)
+        stage = None if OmegaConf.is_missing(cfg, "stage") else cfg.stage
+        place = (cfg.paths.runs, cfg.exp_name, point_name(overrides), cfg.round, stage)
+        if place in seen:
+            raise ConfigError(
+                f"two points of the sweep would write to the same folder: [{seen[place]}] and [{' '.join(overrides)}]; "
+                f"give each its own exp_name"
+            )
+        seen[place] = " ".join(overrides)
+
+
+def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(dotted key, whether it is a leaf) of everything below a node; an empty dict is a leaf, as is one that is unset."""
+    indices = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for index in indices:
+        child = node._get_node(index)
+        full_key = f"{prefix}{index}"
+        inner = isinstance(child, DictConfig | ListConfig) and not child._is_none() and not child._is_missing()
+        inner = inner and not child._is_interpolation() and len(child) > 0
+        yield full_key, not inner or isinstance(child, ListConfig)
+        if inner:
+            yield from _nodes(child, full_key + ".")

@@ -1,0 +1,35 @@
+"""Logging set-up, and how an error ends a process: one line for the user's errors, a traceback for ours."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefpipe.errors import ConfigError, PrefpipeError
+
+EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def set_up_logging() -> None:
+    """prefpipe's own lines on stderr, and of other libraries only warnings."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("prefpipe").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".*torchvision.*")
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """End the process with one line for what a user can act on; other exceptions keep their traceback."""
+    try:
+        yield
+    except PrefpipeError as error:
+        print(f"prefpipe: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("prefpipe: interrupted; the same command again goes on from here", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

