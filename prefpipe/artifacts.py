@@ -2,7 +2,7 @@
 
 An artifact appears whole (one rename) or not at all. While it is written it lives beside its place as `<name>.partial`,
 part by part; a part counts once its note under `progress/` exists, so a killed run goes on after its last part.
-Everything but `provenance.json` (times, host, command line) is a function of the inputs and the settings, byte for byte.
+Everything but `provenance.json` (times, host, command line) is a function of inputs and settings, byte for byte.
 """
 
 import hashlib
@@ -117,8 +117,8 @@ def read_rows(path: Path, schema: str, *, key: str) -> Iterator[bytes]:
             raise ArtifactError(f"{file} is missing, but {path}/manifest.json lists it") from None
         if seen.hexdigest() != part["sha256"]:
             raise ArtifactError(
-                f"{file} does not match its manifest ({rows} rows, {part['num_records']} expected): it was changed after it "
-                f"was published; delete {path} and run stage={found['stage']} again"
+                f"{file} does not match its manifest ({rows} rows, {part['num_records']} expected): it was changed "
+                f"after it was published; delete {path} and run stage={found['stage']} again"
             )
 
 
@@ -266,6 +266,8 @@ class Draft:
         self._lock.release()
 
     def _open(self) -> None:
+        if is_complete(self.work) and _comparable(manifest(self.work)) == self._plan:
+            self._move_into_place()
         if is_complete(self.out) and not self.overwrite:
             changes = differences(_comparable(manifest(self.out)), self._plan)
             if changes:
@@ -343,6 +345,11 @@ class Draft:
         }
         write_json(self.work / "provenance.json", provenance)
         write_json(self.work / "manifest.json", content)
+        self._move_into_place()
+        log.info("%s: %d records, %s", self.out, content["num_records"], describe_counts(counts))
+
+    def _move_into_place(self) -> None:
+        """The last step: the manifest is written, so a kill from here on loses nothing (`_open` finishes it)."""
         shutil.rmtree(self.work / "progress", ignore_errors=True)
         (self.work / "plan.json").unlink(missing_ok=True)
         for stray in self.work.glob("*.tmp"):
@@ -354,7 +361,6 @@ class Draft:
         self.work.rename(self.out)
         fsync_folder(self.out.parent)
         shutil.rmtree(aside, ignore_errors=True)
-        log.info("%s: %d records, %s", self.out, content["num_records"], describe_counts(counts))
 
     def add_files(self, names: Iterable[str], *, num_records: int = 0) -> None:
         """Take files that were written straight into `work` (weights, tokenizers, figures) as the artifact's parts."""

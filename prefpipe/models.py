@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,14 +62,16 @@ def _from_hub(model: ModelConfig) -> Path:
     except (LocalEntryNotFoundError, OSError, HFValidationError, RepositoryNotFoundError, HfHubHTTPError) as error:
         raise ConfigError(
             f"model.path={model.path} is no local folder, and the hub gave no such model "
-            f"({type(error).__name__}); check the name, the network and HF_TOKEN, or set model.path to a folder{package}"
+            f"({type(error).__name__}); check the name, the network and HF_TOKEN, or set "
+            f"model.path to a folder{package}"
         ) from None
 
 
 def _from_package(package: str, cache: Path) -> Path:
     """Turn the one GGUF file that a package ships into a safetensors folder, once; later calls find the folder."""
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
     files = sorted(root.rglob("*.gguf"))
     if len(files) != 1:
@@ -170,8 +173,8 @@ def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = template_file(model.chat_template).read_text()
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"model={model.name}: its tokenizer has no chat template (a base model?); set model.chat_template to a Jinja "
-            f"file, or to builtin:plain"
+            f"model={model.name}: its tokenizer has no chat template (a base model?); set model.chat_template to a "
+            f"Jinja file, or to builtin:plain"
         )
     if tokenizer.pad_token_id is None:
         # Padding is always masked by position here, never by id, so any id will do (peers' bug: pad == eos hides eos).
@@ -217,7 +220,10 @@ def precision_of(hardware: HardwareConfig, device: torch.device) -> str:
 def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model of a folder on a device. Remote code is never run; only safetensors are read."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
         raise ConfigError(

@@ -61,15 +61,16 @@ class ChatTemplate:
         if not full_text.startswith(prompt_text):
             raise TemplateError(
                 "template_prefix",
-                "the chat template renders the prompt differently once an answer follows, so training would see another "
-                "prompt than generation; set model.chat_template to a template without that",
+                "the chat template renders the prompt differently once an answer follows, so training would see "
+                "another prompt than generation; set model.chat_template to a template without that",
             )
         prompt, full = self._ids(prompt_text), self._ids(full_text)
         if full[: len(prompt)] != prompt:
             raise TemplateError(
                 "token_prefix",
-                "the last token of the prompt merges with the start of the completion, so the prompt of generation is no "
-                "token-prefix of the training text; end the generation prompt of model.chat_template in a special token",
+                "the last token of the prompt merges with the start of the completion, so the prompt of generation is "
+                "no token-prefix of the training text; let the generation prompt of model.chat_template end in a "
+                "special token",
             )
         return Encoded(prompt, self._ended(full[len(prompt) :]))
 
@@ -118,7 +119,8 @@ class ChatTemplate:
             if found:
                 raise TemplateError(
                     "special_token",
-                    f"the {message['role']} turn holds the special token {found.group()!r}, which would end or forge a turn",
+                    f"the {message['role']} turn holds the special token {found.group()!r}, which would end or "
+                    "forge a turn",
                 )
 
 

@@ -17,7 +17,7 @@ class Message(TypedDict):
 
 
 class Split(StrEnum):
-    """Which side of the fence a prompt is on. Held-out prompts never enter generation for training, pairs or training."""
+    """Which side of the fence a prompt is on. Held-out prompts enter evaluation and nothing else."""
 
     train = "train"
     heldout = "heldout"

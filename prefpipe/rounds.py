@@ -25,8 +25,8 @@ WRITTEN_BY = {
 class Layout:
     """The folders of one run.
 
-    shared: runs/<exp_name>. point: the name of one point of a sweep, "" otherwise; a point writes into its own folder and
-    finds what it does not have itself in the shared one.
+    shared: runs/<exp_name>. point: the name of one point of a sweep, "" otherwise; a point writes into its own folder
+    and finds what it does not have itself in the shared one.
     """
 
     shared: Path
@@ -65,7 +65,7 @@ class Layout:
                 return [path]
         places = " or ".join(str(path) for path in candidates)
         raise ArtifactError(
-            f"no {name} in {places}; run stage={WRITTEN_BY[name]} first (or stage=prepare with data that holds {name}), "
+            f"no {name} in {places}; run stage={WRITTEN_BY[name]} first (or stage=prepare on data that has {name}), "
             f"or say where with inputs.{name}="
         )
 

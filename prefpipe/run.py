@@ -134,7 +134,8 @@ class Command:
         folder = self._base_model() if base else rounds.explicit_checkpoint(run.inputs) or at.output("checkpoint")
         if not base and not run.inputs.checkpoint and not artifacts.is_complete(folder):
             raise ArtifactError(
-                f"no checkpoint in {folder}; run stage=train first, or evaluate the starting model with inputs.checkpoint={BASE}"
+                f"no checkpoint in {folder}; run stage=train first, or evaluate the starting model with "
+                f"inputs.checkpoint={BASE}"
             )
         evaluate(
             at.input("prompts", run.inputs.prompts),

@@ -1,4 +1,4 @@
-"""The data-only config groups: no code to choose, so a new option is one YAML. The knobs of components live with them."""
+"""The data-only config groups: no code to choose, so a new option is one YAML. Components keep their own knobs."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -51,14 +51,18 @@ class SourceConfig:
     """One data set.
 
     path: a file (.jsonl, .json, .csv or .parquet, also .gz), a glob of them, `hub:NAME`, or `builtin:arithmetic`.
-    split: of a hub data set. format: "auto" looks at the first rows; see prefpipe/sources/adapters.py for the names.
-    columns: our name → the file's name, where it differs, e.g. {prompt: question, chosen: answer_zh}.
+    split, subset, revision: of a hub data set; pin revision to a commit for a result that can be repeated.
+    format: "auto" looks at the first rows; see prefpipe/sources/adapters.py for the names.
+    columns: our name → the file's name, where it differs, e.g. {prompt: question, chosen: answer_zh}; meta.NAME keeps
+        a column as meta.
     num: take at most that many rows, from the head.
     heldout: "by_hash" holds out data_mixer.heldout_fraction of the prompts, "all" every one (a test set), "none" none.
     """
 
     path: str = MISSING
     split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
     format: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     num: int | None = None
@@ -144,8 +148,9 @@ class TrainingConfig:
             raise ConfigError(f"training.warmup_fraction={self.warmup_fraction} must be between 0 and 1")
         if not 0 < self.max_prompt_tokens < self.max_tokens:
             raise ConfigError(
-                f"training.max_prompt_tokens={self.max_prompt_tokens} must be below training.max_tokens={self.max_tokens}; "
-                f"otherwise nothing of a completion would be left (SimPO issue 35: loss 0, then NaN)"
+                f"training.max_prompt_tokens={self.max_prompt_tokens} must be below "
+                f"training.max_tokens={self.max_tokens}; otherwise nothing of a completion would be left "
+                f"(SimPO issue 35: loss 0, then NaN)"
             )
 
 

@@ -21,7 +21,7 @@ def send_to_mlflow(checkpoint: Path, evals: Path, tracking: TrackingConfig, para
     """Log a checkpoint's training metrics, and its evaluation into the same MLflow run, each once.
 
     The run's id lies beside the checkpoint, in <checkpoint>.mlflow.json, with what was sent already.
-    A server that is down, slow or wrong costs a warning; the next stage, or the same command again, sends what is missing.
+    A server that is down, slow or wrong costs a warning; the next stage, or the same command again, sends the rest.
     """
     try:
         _send(checkpoint, evals, tracking, params)
@@ -69,8 +69,8 @@ def _send(checkpoint: Path, evals: Path, tracking: TrackingConfig, params: dict[
         metrics = [
             Metric(key, value, 0, row["step"]) for row in rows for key, value in row.items() if key.startswith("train/")
         ]
-        for chunk in artifacts.chunks(metrics, 1000):
-            client.log_batch(state["run_id"], metrics=chunk)
+        for batch in artifacts.chunks(metrics, 1000):
+            client.log_batch(state["run_id"], metrics=batch)
         state["sent"].append("training")
         artifacts.write_json(note, state)
     if artifacts.is_complete(evals) and (sent := f"evals-{artifacts.digest(evals)[:16]}") not in state["sent"]:

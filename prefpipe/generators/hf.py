@@ -7,7 +7,6 @@ answer depends on its neighbours. Here each request draws from its own.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prefpipe import models
 from prefpipe.components import register
 from prefpipe.generators import Generator, Skipped, request_seed
+from prefpipe.progress import progress
 from prefpipe.prompts import ChatTemplate, TemplateError
 from prefpipe.records import Completion, Prompt, completion_id
 from prefpipe.settings import HardwareConfig, ModelConfig
@@ -123,17 +123,13 @@ class Engine:
 
     def sample(self, requests: Sequence[Request], generator: HF) -> dict[int, list[Sampled]]:
         """Every request's samples, by its index. Length-sorted batches under the token budget."""
-        from tqdm import tqdm
-
         answers: dict[int, list[Sampled]] = {}
         total = sum(len(request.seeds) for request in requests)
-        # Far apart in a log file, close together for a person who watches.
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        with tqdm(total=total, unit="completion", desc="generate", mininterval=interval, leave=False) as bar:
+        with progress("generate", unit="completion", total=total) as shown:
             for batch in self._batches(requests, generator):
                 for request, samples in zip(batch, self._decode(batch, generator), strict=True):
                     answers[request.place] = samples
-                    bar.update(len(samples))
+                    shown.update(len(samples))
         return answers
 
     def _batches(self, requests: Sequence[Request], generator: HF) -> Iterator[list[Request]]:

@@ -13,5 +13,5 @@ class Scorer:
     name: str = "???"
 
     def score(self, completions: Sequence[Completion]) -> list[float | None]:
-        """One finite number per completion, higher is better; None where it cannot be scored (counted, never a zero)."""
+        """One finite number per completion, higher is better; None where there is none (counted, never a zero)."""
         raise NotImplementedError(f"{type(self).__name__} scores nothing")

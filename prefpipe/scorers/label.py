@@ -12,7 +12,7 @@ from prefpipe.scorers import Scorer
 @register("scorer")
 @dataclass
 class Label(Scorer):
-    """1 where a completion is, or ends in, the label of its prompt; 0 elsewhere. For classification and multiple choice.
+    """1 where a completion is, or ends in, the label of its prompt, else 0. For classification and multiple choice.
 
     match: "equal" compares the whole text, "last_word" its last word, "contains" looks anywhere; all ignore case, outer
         white space and final punctuation.

@@ -18,8 +18,8 @@ from prefpipe.report.text import duration, fixed, number, visible
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    "run", "point", "round", "status", "loss", "model", "seed", "num_pairs", "num_eval", "accuracy_before", "accuracy_after",
-    "accuracy_after_low", "accuracy_after_high", "seconds",
+    "run", "point", "round", "status", "loss", "model", "seed", "num_pairs", "num_eval",
+    "accuracy_before", "accuracy_after", "accuracy_after_low", "accuracy_after_high", "seconds",
 )  # fmt: skip
 
 

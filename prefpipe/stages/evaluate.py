@@ -1,9 +1,8 @@
 """checkpoint and held-out data → numbers with confidence intervals."""
 
-import dataclasses
-import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefpipe import artifacts, models
@@ -18,7 +17,7 @@ from prefpipe.tasks import Task, correct
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PolicyUnderTest:
     """A model folder as tasks see it (prefpipe.tasks.Policy)."""
 
@@ -34,9 +33,7 @@ class PolicyUnderTest:
     ) -> list[Completion]:
         """Completions in the order of the prompts. Raises DataError where a prompt cannot be answered at all."""
         tokens = self.generator.max_new_tokens if max_new_tokens is None else max_new_tokens
-        generator = dataclasses.replace(
-            self.generator, num_samples=num_samples, temperature=temperature, max_new_tokens=tokens
-        )
+        generator = replace(self.generator, num_samples=num_samples, temperature=temperature, max_new_tokens=tokens)
         answers = generator.generate(
             list(prompts), model=self.model, folder=self.folder, hardware=self.hardware, seed=self.seed, round_=-1
         )
@@ -44,8 +41,8 @@ class PolicyUnderTest:
         for answer in answers:
             if isinstance(answer, Skipped):
                 raise DataError(
-                    f"held-out prompt {answer.prompt_id} cannot be answered ({answer.reason}); a score without it would "
-                    f"not be comparable, so take it out of the data"
+                    f"held-out prompt {answer.prompt_id} cannot be answered ({answer.reason}); a score without it "
+                    f"would not be comparable, so take it out of the data"
                 )
             completions.append(answer)
         return completions
@@ -122,7 +119,7 @@ def evaluate(
         for task in tasks.values():
             found, written = task.evaluate(policy, heldout[: task.max_prompts], heldout_pairs[: task.max_prompts])
             results += found
-            samples += written
+            samples += [replace(sample, meta={**sample.meta, "task": task.name}) for sample in written]
             for result in found:
                 log.info("%s %.4f [%.4f, %.4f] n=%d", result.metric, result.value, result.low, result.high, result.n)
         plan = Plan("evaluate", ScoredCompletion.schema, uses=uses, parents=parents)
@@ -131,7 +128,8 @@ def evaluate(
         draft.commit_stream(results)
 
 
-def _verdicts(samples: Sequence[Completion], tasks: dict[str, Task]) -> Iterable[ScoredCompletion]:
-    rules = [rule for task in tasks.values() if isinstance(rule := getattr(task, "rule", None), str)]
-    rule = rules[0] if rules else "last_hash"
-    return (with_score(sample, "correct", float(correct(sample, rule) is True)) for sample in itertools.chain(samples))
+def _verdicts(samples: Iterable[Completion], tasks: dict[str, Task]) -> Iterator[ScoredCompletion]:
+    """The samples with what their own task made of them."""
+    rules = {task.name: getattr(task, "rule", "last_hash") for task in tasks.values()}
+    for sample in samples:
+        yield with_score(sample, "correct", float(correct(sample, rules[sample.meta["task"]]) is True))

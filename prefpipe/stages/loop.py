@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from prefpipe import artifacts
 from prefpipe.processes import run_process
 from prefpipe.rounds import BASE
@@ -20,18 +22,31 @@ def loop(config: Path, recipe: RecipeConfig, *, record: Path) -> None:
 
     Args:
         config: the frozen config that every stage reads.
-        record: file for what ran and how long it took, rewritten after each stage.
+        record: file for what ran and how long it took (its longest attempt, so that a repeat which finds everything up
+            to date hides nothing), rewritten after each stage.
     Raises:
         ChildError: a stage failed; its own message was printed before.
     """
+    before = _seconds_before(record)
     done: dict[str, Any] = {"started": artifacts.now(), "stages": []}
     for stage, round_, overrides in steps(recipe):
         started = time.time()
         log.info("loop: stage=%s round=%d", stage, round_)
         settings = [f"stage={stage}", f"round={round_}", *overrides]
         run_process([sys.executable, "-m", "prefpipe.worker", str(config), *settings], f"stage={stage} round={round_}")
-        done["stages"].append({"stage": stage, "round": round_, "seconds": round(time.time() - started, 2)})
+        seconds = round(max(time.time() - started, before.pop((stage, round_), 0.0)), 2)
+        done["stages"].append({"stage": stage, "round": round_, "seconds": seconds})
         artifacts.write_json(record, done)
+
+
+def _seconds_before(record: Path) -> dict[tuple[str, int], float]:
+    """(stage, round) → seconds in an earlier run of the same command; of a stage that comes twice, the first."""
+    if not record.is_file():
+        return {}
+    seconds: dict[tuple[str, int], float] = {}
+    for entry in orjson.loads(record.read_bytes())["stages"]:
+        seconds.setdefault((entry["stage"], entry["round"]), entry["seconds"])
+    return seconds
 
 
 def steps(recipe: RecipeConfig) -> Iterator[tuple[str, int, list[str]]]:

@@ -90,8 +90,8 @@ class PairStatistics:
 def grouped(scored: Sequence[Path], scratch: Path) -> Iterator[list[ScoredCompletion]]:
     """The completions of each prompt, wherever they stand in however many artifacts.
 
-    Completions that stand together already are streamed; others are first dealt into NUM_BUCKETS files by prompt, so that
-    memory holds one bucket at most. Order: by first appearance of the prompt, within a bucket when dealt.
+    Completions that stand together already are streamed; others are first dealt into NUM_BUCKETS files by prompt, so
+    that memory holds one bucket at most. Order: by first appearance of the prompt, within a bucket when dealt.
     """
     lines = itertools.chain.from_iterable(
         artifacts.read_rows(path, ScoredCompletion.schema, key="inputs.scored") for path in scored

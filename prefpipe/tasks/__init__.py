@@ -1,8 +1,8 @@
 """Tasks measure a policy on held-out data. One file each; add conf/task/<name>.yaml; several can be given at once."""
 
 from collections.abc import Iterable
-from itertools import groupby
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 from prefpipe.answers import final_answer, gold_answer
@@ -44,8 +44,8 @@ def with_answer(task: str, prompts: list[Prompt]) -> list[Prompt]:
     problems = [prompt for prompt in prompts if prompt.answer is not None and gold_answer(prompt.answer) is not None]
     if not problems:
         raise DataError(
-            f"task={task} needs held-out prompts with a reference number, and none of the {len(prompts)} has one: raise "
-            f"data_mixer.heldout_fraction, or choose another task, such as task=pair_accuracy"
+            f"task={task} needs held-out prompts with a reference number, and none of the {len(prompts)} has one: "
+            f"raise data_mixer.heldout_fraction, or choose another task, such as task=pair_accuracy"
         )
     return problems
 

@@ -25,8 +25,8 @@ class PairAccuracy(Task):
     ) -> tuple[list[EvalResult], list[Completion]]:
         if not pairs:
             raise DataError(
-                "task=pair_accuracy needs held-out pairs, and there are none: raise data_mixer.heldout_fraction, use data "
-                "that holds pairs, or choose another task"
+                "task=pair_accuracy needs held-out pairs, and there are none: raise data_mixer.heldout_fraction, use "
+                "data that holds pairs, or choose another task"
             )
         logps = policy.pair_logps(pairs)
         sums = [chosen - rejected for chosen, _, rejected, _ in logps]

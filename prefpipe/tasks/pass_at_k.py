@@ -14,7 +14,7 @@ from prefpipe.tasks import Policy, Task, correct, grouped, with_answer
 @register("task")
 @dataclass
 class PassAtK(Task):
-    """1 - C(wrong, k) / C(n, k), the unbiased estimate of Chen et al. 2021, arXiv:2107.03374, with a bootstrap over problems.
+    """1 - C(wrong, k) / C(n, k), the unbiased estimate of Chen et al. 2021, arXiv:2107.03374; bootstrap over problems.
 
     k: which k to report; num_samples: n, drawn for each problem at `temperature`.
     """

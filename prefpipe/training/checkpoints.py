@@ -1,7 +1,7 @@
 """Resumable training state: weights, optimizer, random numbers, position; safetensors and JSON, no pickle.
 
-A state is a folder `step-000010`, renamed into place once all of it is on disk; its `state.json` lists the digest of each
-file, so a damaged one is recognised and the one before is taken.
+A state is a folder `step-000010`, renamed into place once all of it is on disk; its `state.json` lists the digest of
+each file, so a damaged one is recognised and the one before is taken.
 """
 
 import logging

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ import orjson
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from prefpipe import artifacts, models
 from prefpipe.errors import DataError
 from prefpipe.logps import PairLogps
 from prefpipe.losses import Loss
+from prefpipe.progress import progress
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
@@ -38,7 +37,7 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Job:
     """What one training run is made of.
 
-    policy, reference: folders of weights. work: where the checkpoint is written; states of a killed run are found there.
+    policy, reference: folders of weights. work: where the checkpoint is written; a killed run's states lie there.
     """
 
     pairs: Iterable[Pair]
@@ -90,60 +89,57 @@ def train(job: Job) -> None:
     order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
     metrics_file = (work / "metrics.jsonl").open("ab")
     timing_file = (work / "timing.jsonl").open("ab")
-    interval = 0.5 if sys.stderr.isatty() else 60.0
-    bar = tqdm(
-        range(first_step, num_steps),
-        initial=first_step,
-        total=num_steps,
-        unit="step",
-        desc="train",
-        mininterval=interval,
-    )
-    for step in bar:
-        started = time.perf_counter()
-        indices = list(islice(order, training.global_batch_size))
-        # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
-        divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
-        rows: list[int] = []
-        measured: list[torch.Tensor] = []
-        for micro in micro_batches(examples, indices, training.micro_batch_size):
-            batch = collate([examples[i] for i in micro], pairwise=loss.pairwise, device=device)
-            with accelerator.autocast():
-                logps = batch_logps(model, batch, pairwise=loss.pairwise)
-            out = loss(logps, None if reference is None else select(reference, micro, device))
-            accelerator.backward(out.loss.sum() / divisor)
-            rows += [examples[i].row for i in micro]
-            rewards = (out.chosen_rewards.double(), out.rejected_rewards.double())
-            measured.append(
-                torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
-            )
-        values = torch.cat(measured, dim=1).cpu()  # [5, B]: the only time in a step that the host waits for the device
-        _refuse_non_finite(values[0], rows, step)
-        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
-        rate = learning_rate(step, num_steps, training)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+    with progress("train", unit="step", total=num_steps, done=first_step) as shown:
+        for step in range(first_step, num_steps):
+            started = time.perf_counter()
+            indices = list(islice(order, training.global_batch_size))
+            # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
+            divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
+            rows: list[int] = []
+            measured: list[torch.Tensor] = []
+            for micro in micro_batches(examples, indices, training.micro_batch_size):
+                batch = collate([examples[i] for i in micro], pairwise=loss.pairwise, device=device)
+                with accelerator.autocast():
+                    logps = batch_logps(model, batch, pairwise=loss.pairwise)
+                out = loss(logps, None if reference is None else select(reference, micro, device))
+                accelerator.backward(out.loss.sum() / divisor)
+                rows += [examples[i].row for i in micro]
+                rewards = (out.chosen_rewards.double(), out.rejected_rewards.double())
+                measured.append(
+                    torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
+                )
+            values = torch.cat(
+                measured, dim=1
+            ).cpu()  # [5, B]: the only time in a step that the host waits for the device
+            _refuse_non_finite(values[0], rows, step)
+            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
+            rate = learning_rate(step, num_steps, training)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
 
-        epoch = (step * training.global_batch_size + len(indices)) / len(examples)
-        row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
-        row |= {"train/grad_norm": float(grad_norm), "train/learning_rate": rate}
-        metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-        metrics_file.flush()
-        seconds = time.perf_counter() - started
-        tokens = sum(
-            len(e.prompt) * (1 + loss.pairwise) + len(e.chosen) + len(e.rejected)
-            for e in map(examples.__getitem__, indices)
-        )
-        timing = {"step": step + 1, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
-        timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
-        bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
-        if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
-            _save_state(work, step + 1, policy, optimizer, accelerator, metrics_bytes=metrics_file.tell())
+            epoch = (step * training.global_batch_size + len(indices)) / len(examples)
+            row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
+            row |= {"train/grad_norm": float(grad_norm), "train/learning_rate": rate}
+            metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            metrics_file.flush()
+            seconds = time.perf_counter() - started
+            tokens = sum(
+                len(e.prompt) * (1 + loss.pairwise) + len(e.chosen) + len(e.rejected)
+                for e in map(examples.__getitem__, indices)
+            )
+            timing = {"step": step + 1, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+            timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
+            shown.note(f"loss {row['train/loss']:.4f}")
+            shown.update()
+            if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
+                _save_state(work, step + 1, policy, optimizer, accelerator, metrics_bytes=metrics_file.tell())
 
     metrics_file.close()
     timing_file.close()
+    # The config of the checkpoint is that of the policy it started from, dropout rates included.
+    policy.config = type(policy.config).from_pretrained(job.policy)
     policy.save_pretrained(work)
     tokenizer.save_pretrained(work)
 
@@ -160,7 +156,6 @@ def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
     """Weights in float32: the optimizer's updates at a learning rate of 5e-7 vanish in bfloat16."""
     model = models.load_weights(job.model, folder, dtype=torch.float32, device=device)
     without_dropout(model)
-    model.config.use_cache = False
     return model
 
 
@@ -199,8 +194,8 @@ def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
     bad = [row for row, finite in zip(rows, torch.isfinite(loss).tolist(), strict=True) if not finite]
     if bad:
         raise DataError(
-            f"the loss of step {step + 1} is not finite for rows {bad[:8]} of inputs.pairs ({len(bad)} in all); look at "
-            f"those rows, lower training.learning_rate, or use hardware.precision=fp32"
+            f"the loss of step {step + 1} is not finite for rows {bad[:8]} of inputs.pairs ({len(bad)} in all); look "
+            f"at those rows, lower training.learning_rate, or use hardware.precision=fp32"
         )
 
 

@@ -22,7 +22,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, num_steps: int, training: TrainingConfig) -> float:
-    """Of optimizer step 0 .. num_steps - 1: linear warm-up from above 0, then the schedule, above 0 to the last step."""
+    """Of optimizer step 0 .. num_steps - 1: linear warm-up from above 0, then the schedule, never quite 0."""
     warmup = math.ceil(training.warmup_fraction * num_steps)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup

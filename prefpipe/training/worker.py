@@ -25,7 +25,8 @@ def main() -> None:
 
         folders = [Path(folder) for folder in run.inputs.pairs]
         pairs = itertools.chain.from_iterable(artifacts.read(folder, Pair, key="inputs.pairs") for folder in folders)
-        assert run.inputs.checkpoint and run.inputs.reference
+        assert run.inputs.checkpoint
+        assert run.inputs.reference
         train(
             Job(
                 pairs=(pair for pair in pairs if pair.split == Split.train),

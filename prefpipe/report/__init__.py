@@ -1,0 +1,1 @@
+"""What stage=analyze and stage=report share: reading a run's folder, streaming statistics, figures and the page."""

@@ -1,0 +1,70 @@
+"""What many tests share: where things are, a tiny model, and the command line as a user has it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("PREFPIPE_SHARED", ROOT.parent / "shared"))
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PREFPIPE_CACHE"] = str(ROOT / ".cache" / "prefpipe")
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of recorded real data."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set PREFPIPE_SHARED to the folder that holds data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """The model that comes with prefpipe."""
+    return ROOT / "prefpipe" / "assets" / "tiny"
+
+
+@pytest.fixture()
+def cli(tmp_path: Path) -> RunCli:
+    """Run `prefpipe ...` in an empty folder, as a user would; output goes to tmp_path/runs."""
+
+    def run(
+        *args: str, check: bool = True, timeout: float = 600, cwd: Path | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "PREFPIPE_RUNS": str(tmp_path / "runs")}
+        done = subprocess.run(
+            [sys.executable, "-m", "prefpipe", *args],
+            cwd=cwd or tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check:
+            assert done.returncode == 0, f"prefpipe {' '.join(args)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture()
+def folder_of_parts() -> Iterator[Callable[[Path], dict[str, bytes]]]:
+    """Every file of a tree but provenance and locks: what must not depend on when, where and how often it was made."""
+
+    def contents(root: Path) -> dict[str, bytes]:
+        return {
+            str(file.relative_to(root)): file.read_bytes()
+            for file in sorted(root.rglob("*"))
+            if file.is_file() and file.name not in ("provenance.json", "timing.jsonl") and not file.name.startswith(".")
+        }
+
+    yield contents

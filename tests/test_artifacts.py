@@ -1,0 +1,233 @@
+"""Artifacts appear whole or not at all, say why they do not fit, and notice every change on disk."""
+
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefpipe import artifacts
+from prefpipe.artifacts import Plan, differences
+from prefpipe.errors import ArtifactError
+from prefpipe.records import Completion, Prompt, prompt_id
+
+
+def prompts(count: int, start: int = 0) -> list[Prompt]:
+    texts = [[{"role": "user", "content": f"question {i}"}] for i in range(start, start + count)]
+    return [Prompt(prompt_id=prompt_id(m), messages=m, source="test") for m in texts]
+
+
+def plan(**uses: object) -> Plan:
+    return Plan("prepare", Prompt.schema, uses=uses)
+
+
+def write(out: Path, records: list[Prompt], **uses: object) -> None:
+    with artifacts.draft(out, plan(**uses)) as draft:
+        if not draft.is_current:
+            draft.commit(0, records, rows_in=len(records), rows_out=len(records))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    write(tmp_path / "a", prompts(7))
+    assert list(artifacts.read(tmp_path / "a", Prompt, key="inputs.prompts")) == prompts(7)
+    manifest = artifacts.manifest(tmp_path / "a")
+    assert (manifest["schema"], manifest["num_records"]) == ("prompt/1", 7)
+    assert set(manifest["versions"]) >= {"python", "torch", "transformers"}
+
+
+def test_nothing_appears_before_the_end(tmp_path):
+    with pytest.raises(RuntimeError, match="crash"), artifacts.draft(tmp_path / "a", plan()) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+        raise RuntimeError("crash")
+    assert not artifacts.is_complete(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"inputs\.x=.*half-finished a\.partial is there"):
+        artifacts.manifest(tmp_path / "a", key="inputs.x")
+
+
+def test_a_killed_run_goes_on_after_its_last_part(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.draft(tmp_path / "a", plan()) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+        raise RuntimeError("crash")
+    with artifacts.draft(tmp_path / "a", plan()) as draft:
+        assert draft.has(0)
+        assert not draft.has(1)
+        draft.commit(1, prompts(2, start=3), rows_in=2, rows_out=2)
+    write(tmp_path / "b", prompts(3))
+    assert list(artifacts.read(tmp_path / "a", Prompt, key="k")) == prompts(5)
+
+
+def test_a_torn_part_is_made_again(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.draft(tmp_path / "a", plan()) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+        raise RuntimeError("crash")
+    part = tmp_path / "a.partial" / "part-00000.jsonl"
+    part.write_bytes(part.read_bytes()[:-5])
+    with artifacts.draft(tmp_path / "a", plan()) as draft:
+        assert not draft.has(0)
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+    assert list(artifacts.read(tmp_path / "a", Prompt, key="k")) == prompts(3)
+
+
+def test_parts_of_other_settings_are_not_taken_over(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.draft(tmp_path / "a", plan(seed=0)) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+        raise RuntimeError("crash")
+    with artifacts.draft(tmp_path / "a", plan(seed=1)) as draft:
+        assert not draft.has(0)
+        draft.commit(0, prompts(1), rows_in=1, rows_out=1)
+
+
+def test_the_same_again_is_a_no_op_and_a_change_is_named(tmp_path):
+    write(tmp_path / "a", prompts(3), loss={"beta": 0.1}, seed=0)
+    before = (tmp_path / "a" / "provenance.json").read_bytes()
+    write(tmp_path / "a", prompts(9), loss={"beta": 0.1}, seed=0)
+    assert (tmp_path / "a" / "provenance.json").read_bytes() == before
+    with pytest.raises(ArtifactError, match=r"loss\.beta 0\.1 -> 0\.2.*overwrite=true"):
+        write(tmp_path / "a", prompts(3), loss={"beta": 0.2}, seed=0)
+    with artifacts.draft(tmp_path / "a", plan(loss={"beta": 0.2}, seed=0), overwrite=True) as draft:
+        draft.commit(0, prompts(1), rows_in=1, rows_out=1)
+    assert artifacts.manifest(tmp_path / "a")["num_records"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["a"]
+
+
+def test_a_changed_parent_is_named(tmp_path):
+    write(tmp_path / "parent", prompts(3))
+    child = Plan("score", Prompt.schema, uses={}, parents={"prompts": [tmp_path / "parent"]})
+    with artifacts.draft(tmp_path / "child", child) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+    shutil.rmtree(tmp_path / "parent")
+    write(tmp_path / "parent", prompts(4))
+    with (
+        pytest.raises(ArtifactError, match="its input 'prompts' has other content"),
+        artifacts.draft(tmp_path / "child", child),
+    ):
+        pass
+
+
+def test_differences_name_keys_that_came_and_went():
+    assert differences({"uses": {"a": 1, "b": 2}}, {"uses": {"b": 2, "c": [1]}}) == ["a was 1", "c is now [1]"]
+
+
+def test_lost_rows_are_an_error(tmp_path):
+    with (
+        pytest.raises(AssertionError, match="rows lost: 3 in, 1 out"),
+        artifacts.draft(tmp_path / "a", plan()) as draft,
+    ):
+        draft.commit(0, prompts(1), rows_in=3, rows_out=1, filtered={"tie": 1})
+
+
+def test_filtered_and_quarantined_rows_are_counted_by_reason(tmp_path):
+    bad = [{"code": "KEY", "file": "a.jsonl", "line": 3, "message": "no chosen"}]
+    with artifacts.draft(tmp_path / "a", plan()) as draft:
+        draft.commit(0, prompts(1), rows_in=4, rows_out=1, filtered={"tie": 2}, quarantined=bad)
+    manifest = artifacts.manifest(tmp_path / "a")
+    assert manifest["counts"] == {"rows_in": 4, "rows_out": 1, "filtered": {"tie": 2}, "quarantined": {"KEY": 1}}
+    (entry,) = manifest["quarantine"]
+    assert orjson.loads((tmp_path / "a" / entry["name"]).read_bytes()) == bad[0]
+
+
+def test_another_schema_is_refused_with_both_names(tmp_path):
+    write(tmp_path / "a", prompts(3))
+    with pytest.raises(ArtifactError, match=r"inputs\.completions=.*holds prompt/1, but completion/1 is read"):
+        list(artifacts.read(tmp_path / "a", Completion, key="inputs.completions"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_change_to_a_published_artifact_is_noticed(tmp_path_factory, data):
+    """Cut, flip, insert, swap, drop: no reader may finish on a changed artifact."""
+    out = tmp_path_factory.mktemp("mutated") / "a"
+    with artifacts.draft(out, plan()) as draft:
+        for index in range(2):
+            draft.commit(index, prompts(4, start=4 * index), rows_in=4, rows_out=4)
+    parts = sorted(out.glob("part-*.jsonl"))
+    part = data.draw(st.sampled_from(parts))
+    content = part.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["cut", "flip", "insert", "swap", "drop", "append"]))
+    if kind == "cut":
+        part.write_bytes(content[:position])
+    elif kind == "flip":
+        part.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    elif kind == "insert":
+        part.write_bytes(content[:position] + b"\x00" + content[position:])
+    elif kind == "append":
+        part.write_bytes(content + content.splitlines(keepends=True)[0])
+    elif kind == "swap":
+        first, second = (p.read_bytes() for p in parts)
+        parts[0].write_bytes(second)
+        parts[1].write_bytes(first)
+    else:
+        part.unlink()
+    with pytest.raises((ArtifactError, orjson.JSONDecodeError, TypeError, UnicodeDecodeError)):
+        list(artifacts.read(out, Prompt, key="inputs.prompts"))
+    with pytest.raises(ArtifactError):
+        artifacts.verify(out)
+
+
+def _hold(out: Path, ready: "multiprocessing.synchronize.Event") -> None:
+    with artifacts.draft(out, plan()) as draft:
+        ready.set()
+        time.sleep(60)
+        draft.commit(0, [], rows_in=0, rows_out=0)
+
+
+def test_a_second_writer_is_told_who_holds_the_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "a", ready))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with (
+            pytest.raises(ArtifactError, match=rf"is being written by process {holder.pid} on "),
+            artifacts.draft(tmp_path / "a", plan()),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.join()
+    write(tmp_path / "a", prompts(2))
+    assert artifacts.manifest(tmp_path / "a")["num_records"] == 2
+
+
+def _race(out: Path, number: int, outcomes: "multiprocessing.Queue[str]") -> None:
+    try:
+        with artifacts.draft(out, plan()) as draft:
+            if draft.is_current:
+                outcomes.put("current")
+                return
+            time.sleep(random.Random(number).uniform(0.05, 0.2))
+            draft.commit(0, prompts(50), rows_in=50, rows_out=50)
+            outcomes.put("wrote")
+    except ArtifactError as error:
+        outcomes.put("told" if "is being written by" in str(error) else f"error: {error}")
+
+
+@pytest.mark.parametrize("race", range(5))
+def test_of_8_processes_on_one_folder_exactly_one_writes(tmp_path, race):
+    context = multiprocessing.get_context("fork")
+    outcomes: multiprocessing.Queue[str] = context.Queue()
+    racers = [context.Process(target=_race, args=(tmp_path / "a", 8 * race + i, outcomes)) for i in range(8)]
+    for racer in racers:
+        racer.start()
+    found = [outcomes.get(timeout=60) for _ in racers]
+    for racer in racers:
+        racer.join()
+    assert found.count("wrote") == 1
+    assert set(found) <= {"wrote", "told", "current"}
+    artifacts.verify(tmp_path / "a")
+
+
+def test_a_publish_that_was_killed_at_the_last_moment_is_finished(tmp_path):
+    with artifacts.draft(tmp_path / "a", plan()) as draft:
+        draft.commit(0, prompts(3), rows_in=3, rows_out=3)
+    # As if the kill came after the manifest was written, before the rename.
+    (tmp_path / "a").rename(tmp_path / "a.partial")
+    write(tmp_path / "a", prompts(3))
+    assert list(artifacts.read(tmp_path / "a", Prompt, key="k")) == prompts(3)

@@ -1,0 +1,137 @@
+"""Truncation, order and batches: no completion is emptied, no pair is lost or doubled."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefpipe import models
+from prefpipe.errors import ConfigError, DataError
+from prefpipe.logps import IGNORE_INDEX
+from prefpipe.prompts import ChatTemplate
+from prefpipe.records import Pair, prompt_id
+from prefpipe.settings import ModelConfig, TrainingConfig
+from prefpipe.training.batches import Example, collate, cut_prompt, data_order, encode, micro_batches
+from prefpipe.training.loop import run_length
+from prefpipe.training.optim import learning_rate
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Pair:
+    messages = [{"role": "user", "content": prompt}]
+    return Pair(prompt_id=prompt_id(messages), messages=messages, source="t", chosen=chosen, rejected=rejected)
+
+
+@pytest.fixture(scope="module")
+def template(tiny_folder):
+    tokenizer = models.load_tokenizer(ModelConfig(name="tiny", path="builtin:tiny"), tiny_folder)
+    return ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, tiny_folder))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    prompt=st.integers(1, 60),
+    chosen=st.integers(1, 60),
+    rejected=st.integers(1, 60),
+    limits=st.integers(2, 50),
+    data=st.data(),
+)
+def test_truncation_keeps_both_completions_and_the_limits(template, prompt, chosen, rejected, limits, data):
+    max_prompt = data.draw(st.integers(1, limits - 1))
+    training = TrainingConfig(max_tokens=limits, max_prompt_tokens=max_prompt)
+    text = [pair("a" * prompt, "b" * chosen, "c" * rejected)]
+    (example,), counts = encode(text, template, training, pairwise=True)
+    full = template.encode(text[0].messages, text[0].chosen)
+    other = template.encode(text[0].messages, text[0].rejected)
+    for side, whole in ((example.chosen, full.completion), (example.rejected, other.completion)):
+        assert 1 <= len(side) <= len(whole)
+        assert side.tolist() == whole[: len(side)]
+        assert len(example.prompt) + len(side) <= limits
+    longest = len(full.prompt) + max(len(full.completion), len(other.completion))
+    assert counts["truncated"] == (longest > limits)
+    if longest <= limits:
+        assert example.prompt.tolist() == full.prompt
+    else:
+        kept = example.prompt.tolist()
+        assert kept[0] == full.prompt[0]
+        assert kept[1:] == full.prompt[len(full.prompt) - len(kept) + 1 :]
+
+
+def test_a_prompt_is_cut_no_further_than_needed():
+    training = TrainingConfig(max_tokens=10, max_prompt_tokens=4)
+    prompt = list(range(8))
+    assert cut_prompt(prompt, 10, training, keep_first=True) == prompt
+    assert cut_prompt(prompt, 12, training, keep_first=True) == [0, 3, 4, 5, 6, 7]
+    assert cut_prompt(prompt, 12, training, keep_first=False) == [2, 3, 4, 5, 6, 7]
+    assert cut_prompt(prompt, 40, training, keep_first=True) == [0, 5, 6, 7]
+
+
+def test_too_long_pairs_can_be_dropped_and_are_counted(template):
+    training = TrainingConfig(max_tokens=30, max_prompt_tokens=20, on_too_long="drop")
+    examples, counts = encode([pair("a", "b", "c"), pair("a" * 99, "b", "c")], template, training, pairwise=True)
+    assert [e.row for e in examples] == [0]
+    assert counts == {"pairs": 2, "too_long": 1}
+
+
+def test_rows_that_cannot_be_rendered_are_counted_and_all_of_them_refuse(template):
+    end = template.tokenizer.eos_token
+    good, bad = pair("a", "b", "c"), pair("a", f"b{end}", "c")
+    examples, counts = encode([good, bad], template, TrainingConfig(), pairwise=True)
+    assert (len(examples), counts["special_token"]) == (1, 1)
+    with pytest.raises(DataError, match="no pair is left to train on.*special token"):
+        encode([bad], template, TrainingConfig(), pairwise=True)
+
+
+def test_a_prompt_limit_that_leaves_no_room_is_refused():
+    with pytest.raises(ConfigError, match=r"training\.max_prompt_tokens=64 must be below training\.max_tokens=64"):
+        TrainingConfig(max_tokens=64, max_prompt_tokens=64)
+
+
+@given(st.integers(1, 40), st.floats(0.1, 4.0), st.integers(0, 5))
+def test_every_epoch_holds_each_example_once(num_examples, epochs, seed):
+    drawn = max(1, round(epochs * num_examples))
+    order = list(data_order(num_examples, drawn, seed))
+    assert len(order) == drawn
+    for start in range(0, drawn, num_examples):
+        epoch = order[start : start + num_examples]
+        assert len(set(epoch)) == len(epoch)
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    first, second = list(data_order(50, 100, 0))[:50], list(data_order(50, 100, 0))[50:]
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert first != list(data_order(50, 50, 1))
+
+
+def test_run_length_by_epochs_and_by_steps():
+    assert run_length(10, TrainingConfig(global_batch_size=4, micro_batch_size=2)) == (3, 10)
+    assert run_length(10, TrainingConfig(global_batch_size=4, micro_batch_size=2, num_epochs=2.5)) == (7, 25)
+    assert run_length(10, TrainingConfig(global_batch_size=4, micro_batch_size=2, max_steps=5)) == (5, 20)
+
+
+def example(row: int, prompt: int, chosen: int, rejected: int) -> Example:
+    sides = [np.arange(1, n + 1, dtype=np.int32) for n in (prompt, chosen, rejected)]
+    return Example(row, *sides)
+
+
+def test_micro_batches_are_a_partition_longest_first():
+    examples = [example(i, 1 + i % 3, 2 + i, 1) for i in range(7)]
+    cut = micro_batches(examples, [3, 1, 4, 6, 0], 2)
+    assert cut == [[6, 4], [3, 1], [0]]
+
+
+def test_collate_pads_right_and_labels_only_completions():
+    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], pairwise=True, device=torch.device("cpu"))
+    _ = IGNORE_INDEX
+    assert batch.input_ids.tolist() == [[1, 2, 1, 2, 3], [1, 1, 0, 0, 0], [1, 2, 1, 0, 0], [1, 1, 2, 0, 0]]
+    assert batch.labels.tolist() == [[_, _, 1, 2, 3], [_, 1, _, _, _], [_, _, 1, _, _], [_, 1, 2, _, _]]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_warms_up_then_falls_and_is_never_0(schedule):
+    training = TrainingConfig(learning_rate=1.0, schedule=schedule, warmup_fraction=0.2)
+    rates = [learning_rate(step, 20, training) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert min(rates) > 0
+    assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -1,0 +1,192 @@
+"""The training loop on the tiny model: first losses in closed form, accumulation, resume, what is saved."""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefpipe.components import COMPONENTS
+from prefpipe.errors import DataError
+from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
+from prefpipe.records import Pair, prompt_id
+from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.training import loop
+from prefpipe.training.loop import Job, train
+
+TRAINING = TrainingConfig(
+    learning_rate=1e-3, global_batch_size=4, micro_batch_size=2, max_steps=5, max_tokens=128, max_prompt_tokens=96
+)
+
+
+def pairs(count: int = 7) -> list[Pair]:
+    made = []
+    for i in range(count):
+        messages = [{"role": "user", "content": f"Tom has {i} apples and buys {i + 2} more. " * (1 + i % 3)}]
+        answer = f"{i} + {i + 2} = <<{i}+{i + 2}={2 * i + 2}>>{2 * i + 2}\n#### {2 * i + 2}"
+        made.append(
+            Pair(prompt_id=prompt_id(messages), messages=messages, source="t", chosen=answer, rejected=f"#### {i}")
+        )
+    return made
+
+
+def job(
+    work: Path, folder: Path, loss: Loss, training: TrainingConfig = TRAINING, rows: list[Pair] | None = None
+) -> Job:
+    work.mkdir(parents=True, exist_ok=True)
+    return Job(
+        pairs=pairs() if rows is None else rows,
+        model=ModelConfig(name="tiny", path="builtin:tiny"),
+        policy=folder,
+        reference=folder,
+        loss=loss,
+        training=training,
+        hardware=HardwareConfig(name="cpu", device="cpu", precision="fp32"),
+        seed=0,
+        work=work,
+    )
+
+
+def metrics(work: Path) -> list[dict[str, float]]:
+    return [orjson.loads(line) for line in (work / "metrics.jsonl").read_bytes().splitlines()]
+
+
+def weights(work: Path) -> dict[str, torch.Tensor]:
+    return load_file(work / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(DPO(beta=0.3), math.log(2)), (IPO(beta=0.2), 1 / (4 * 0.2**2))], ids=["dpo", "ipo"]
+)
+def test_first_loss_in_closed_form_and_it_falls(tmp_path, tiny_folder, loss, expected):
+    train(job(tmp_path, tiny_folder, loss, replace(TRAINING, max_steps=12)))
+    losses = [row["train/loss"] for row in metrics(tmp_path)]
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_simpo_starts_where_an_independent_computation_says(tmp_path, tiny_folder):
+    """Mean log-probabilities from transformers' own loss (labels = completion), one completion at a time."""
+    rows = pairs(4)
+    train(job(tmp_path, tiny_folder, SimPO(), rows=rows))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+
+    def mean_logp(pair: Pair, completion: str) -> float:
+        turns = [*pair.messages, {"role": "assistant", "content": completion}]
+        prompt = tokenizer.apply_chat_template(pair.messages, add_generation_prompt=True, tokenize=False)
+        full = tokenizer.apply_chat_template(turns, tokenize=False)
+        length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(full, add_special_tokens=False)["input_ids"]
+        ids = ids[: ids.index(tokenizer.eos_token_id, length) + 1]
+        labels = torch.tensor([[-100] * length + ids[length:]])
+        with torch.no_grad():
+            return -model(torch.tensor([ids]), labels=labels).loss.item()
+
+    margins = [2.0 * (mean_logp(p, p.chosen) - mean_logp(p, p.rejected)) - 1.0 for p in rows]
+    expected = sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)
+    assert metrics(tmp_path)[0]["train/loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(COMPONENTS["loss"]))
+def test_accumulation_does_not_change_the_result(tmp_path, tiny_folder, name):
+    """One batch of 4 and four of 1 (trl#2615, transformers#34191); the last step of the epoch is a smaller batch."""
+    runs = {}
+    for micro in (4, 1):
+        # Not Adam: its first updates are the sign of the gradient, so rounding alone could turn one around.
+        training = replace(
+            TRAINING, micro_batch_size=micro, max_steps=None, num_epochs=1.0, optimizer="sgd", learning_rate=1e-2
+        )
+        train(job(tmp_path / str(micro), tiny_folder, COMPONENTS["loss"][name](), training))
+        runs[micro] = metrics(tmp_path / str(micro))
+    assert len(runs[4]) == 2
+    for whole, cut in zip(runs[4], runs[1], strict=True):
+        assert cut == pytest.approx(whole, rel=1e-3, abs=1e-5)
+    for key, value in weights(tmp_path / "4").items():
+        assert torch.allclose(value, weights(tmp_path / "1")[key], atol=1e-6), key
+
+
+def test_every_token_of_an_sft_batch_weighs_the_same(tmp_path, tiny_folder):
+    train(job(tmp_path, tiny_folder, SFT(), replace(TRAINING, max_steps=1, global_batch_size=7, micro_batch_size=7)))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    total, count = 0.0, 0
+    for pair in pairs():
+        turns = [*pair.messages, {"role": "assistant", "content": pair.chosen}]
+        prompt = tokenizer.apply_chat_template(pair.messages, add_generation_prompt=True, tokenize=False)
+        length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+        ids = ids[: ids.index(tokenizer.eos_token_id, length) + 1]
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logps[i - 1, ids[i]].item() for i in range(length, len(ids)))
+        count += len(ids) - length
+    assert metrics(tmp_path)[0]["train/loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+class Killed(RuntimeError):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+@pytest.mark.parametrize("loss", [DPO(), IPO(), SimPO()], ids=["dpo", "ipo", "simpo"])
+@pytest.mark.parametrize("kill_after", [1, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_folder, loss, kill_after, monkeypatch):
+    training = replace(TRAINING, save_every_steps=1, max_steps=5)
+    train(job(tmp_path / "whole", tiny_folder, loss, training))
+    real = loop._save_state
+
+    def save_then_die(work, step, *args, **kwargs):
+        real(work, step, *args, **kwargs)
+        if step == kill_after:
+            raise Killed
+
+    monkeypatch.setattr(loop, "_save_state", save_then_die)
+    with pytest.raises(Killed):
+        train(job(tmp_path / "killed", tiny_folder, loss, training))
+    monkeypatch.undo()
+    train(job(tmp_path / "killed", tiny_folder, loss, training))
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "killed")[key]), key
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, tiny_folder, caplog):
+    training = replace(TRAINING, save_every_steps=1, max_steps=5)
+    train(job(tmp_path / "whole", tiny_folder, DPO(), training))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    newest = sorted((tmp_path / "again" / "state").iterdir())[-1]
+    content = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    train(job(tmp_path / "again", tiny_folder, DPO(), training))
+    assert "step-000004 is damaged; taking the state before it" in caplog.text
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "again")[key]), key
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path, tiny_folder):
+    with pytest.raises(DataError, match=r"the loss of step 2 is not finite for rows \[\d"):
+        train(job(tmp_path, tiny_folder, IPO(), replace(TRAINING, learning_rate=1e38, max_grad_norm=1e38)))
+
+
+def test_the_checkpoint_loads_with_transformers_and_holds_what_was_trained(tmp_path, tiny_folder):
+    train(job(tmp_path, tiny_folder, DPO()))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert model.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_folder).chat_template
+
+
+def test_the_reference_stays_what_it_was(tmp_path, tiny_folder):
+    """Its log-probabilities are computed once; a second run from the trained policy starts at ln 2 again."""
+    train(job(tmp_path / "first", tiny_folder, DPO()))
+    train(job(tmp_path / "second", tmp_path / "first", DPO()))
+    assert metrics(tmp_path / "second")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    against_base = replace(job(tmp_path / "third", tmp_path / "first", DPO()), reference=tiny_folder)
+    train(against_base)
+    assert abs(metrics(tmp_path / "third")[0]["train/loss"] - math.log(2)) > 1e-3
