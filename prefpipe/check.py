@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -20,7 +21,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from prefpipe import suggest
 from prefpipe.config import register_schemas, to_run_config, unknown_keys
 from prefpipe.errors import ConfigError
-from prefpipe.settings import STAGES, Stage
+from prefpipe.settings import Stage
+
+STAGES = ", ".join(stage.value for stage in Stage)
 
 STOCK_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 """What Hydra may instantiate: its own launchers and sweepers, and those installed beside it."""
@@ -34,6 +37,7 @@ class Checker:
         self.groups = suggest.groups_and_options(folders)
         self.config_name = config_name
         self.multirun = multirun
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, overrides: Sequence[str]) -> list[DictConfig]:
         """Every point's composed config, with its hydra node; keys are checked, values only as far as their type."""
@@ -53,19 +57,38 @@ class Checker:
     def _points(self, overrides: Sequence[str]) -> Iterator[list[str]]:
         """The overrides of each point, spelt and ordered as by Hydra's own sweeper; without -m there is one."""
         values: list[list[str]] = []
-        for override in _parse(overrides):
-            line, key = override.input_line, override.get_key_element()
-            if "_target_" in str(line):
+        for override in self._parse(overrides):
+            line, key, value = str(override.input_line), override.get_key_element(), override.value()
+            if re.search(r"(?<![A-Za-z0-9])_target_(?![A-Za-z0-9])", line):
                 raise ConfigError(_refused(line))
             if not override.is_sweep_override():
                 values.append([line if override.is_delete() else f"{key}={override.get_value_element_as_str()}"])
             elif not self.multirun:
-                raise ConfigError(f"{line} gives several values: add -m to sweep over them; a list is written {key}=[a,b]")
-            elif override.is_discrete_sweep():
-                values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                raise ConfigError(
+                    f"{line} gives several values: add -m to sweep over them; a list is written {key}=[a,b]"
+                )
+            elif isinstance(value, IntervalSweep):
+                values.append([f"{key}={value.start}"])  # for other sweepers than Hydra's own
             else:
-                values.append([f"{key}={override.value().start}"])  # an interval, which only other sweepers take
+                values.append([f"{key}={choice}" for choice in override.sweep_string_iterator()])
         return (list(point) for point in itertools.product(*values))
+
+    def _parse(self, overrides: Sequence[str]) -> list[Override]:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = []
+        for line in overrides:
+            try:
+                parsed += parser.parse_overrides([line])
+            except HydraException as error:
+                key = line.lstrip("+~").partition("=")[0]
+                base = self._base([other for other in overrides if other != line])
+                if key not in dict(_nodes(base)) and key not in self.groups:
+                    raise ConfigError(self._unknown_key(key, base)) from error
+                reason = suggest.one_line(str(error).partition("\nSee https://")[0])
+                raise ConfigError(
+                    f"""cannot read {line}: {reason}; quote a value with = or , in it: 'key="a=b"'"""
+                ) from error
+        return parsed
 
     def _compose(self, index: int, overrides: list[str]) -> DictConfig:
         try:
@@ -76,7 +99,7 @@ class Checker:
             cfg.hydra.job.num, cfg.hydra.job.id = index, str(index)
         _refuse_targets(cfg)
         unknown = list(unknown_keys(without_hydra(cfg)))
-        if unknown or any(override.is_delete() for override in _parse(overrides)):
+        if unknown or any(override.is_delete() for override in self._parse(overrides)):
             base = self._base(overrides)
             problem = self._culprit(overrides, base) or (self._unknown_key(unknown[0], base) if unknown else None)
             if problem:
@@ -102,7 +125,7 @@ class Checker:
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             if option.startswith("submitit_"):
-                return f"{group}={option} needs Hydra's submitit launcher: pip install 'prefpipe[slurm]'"
+                return f"{group}={option} needs Hydra's launcher for it: pip install hydra-submitit-launcher"
             return suggest.unknown_option(group, option, error.options or [], self.groups)
         base = self._base(overrides)
         return self._culprit(overrides, base) or self._reason(error, base)
@@ -110,10 +133,10 @@ class Checker:
     def _reason(self, error: BaseException, base: DictConfig | None) -> str:
         """What OmegaConf found, with key, value and, for a config file, its name."""
         where = re.match(r"In '[^']+': ", str(error))
-        cause = error
-        while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
-            cause = cause.__cause__
-        if not isinstance(cause, OmegaConfBaseException):
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OmegaConfBaseException):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
             return suggest.one_line(error)
         prefix, key = where.group() if where else "", cause.full_key or ""
         reason = suggest.one_line(str(cause.msg or cause).partition("\n")[0])
@@ -125,11 +148,11 @@ class Checker:
         return f"{prefix}{key}{'' if cause.value is None else f'={cause.value}'}: {reason}"
 
     def _culprit(self, overrides: list[str], base: DictConfig) -> str | None:
-        """The first override that cannot be meant: of a key that no chosen option has, or deleting one that all need."""
+        """The first override that cannot be meant: of a key that the chosen options lack, or that deletes one."""
         keys = {key for key, _ in _nodes(base)}
-        for override in _parse(overrides):
+        for override in self._parse(overrides):
             key, line = override.key_or_group, override.input_line
-            if key in self.groups or key.startswith(("hydra.", "hydra/")):
+            if key in self.groups or key in base.hydra.runtime.choices:
                 continue
             if key not in keys:
                 problem = self._unknown_override(override, base)
@@ -144,30 +167,30 @@ class Checker:
     def _unknown_override(self, override: Override, base: DictConfig) -> str | None:
         key, parent_key = override.key_or_group, override.key_or_group.rpartition(".")[0]
         parent = OmegaConf.select(base, parent_key, throw_on_missing=False) if parent_key else None
-        free = isinstance(parent, DictConfig) and not dataclasses.is_dataclass(OmegaConf.get_type(parent))
-        if not free or dataclasses.is_dataclass(parent._metadata.element_type):
-            return self._unknown_key(key, base)
+        if not isinstance(parent, DictConfig) or any(map(dataclasses.is_dataclass, _types(parent))):
+            return self._unknown_key(override.get_key_element().lstrip("+~"), base)
         if override.is_add() or override.is_force_add():
             return None
         return f"no such config key: {key}; names under {parent_key} are your own: write +{override.input_line}"
 
     def _unknown_key(self, key: str, base: DictConfig) -> str:
-        present = [name for name, leaf in _nodes(base) if leaf and not name.startswith("hydra.")]
-        return suggest.unknown_key(key, present, base.hydra.runtime.choices, self.groups)
+        chosen = {**base.hydra.runtime.choices, "task": list(base.task)}
+        return suggest.unknown_key(key, leaf_keys(base, of_hydra=key.startswith("hydra.")), chosen, self.groups)
 
-    def _base(self, overrides: list[str]) -> DictConfig:
+    def _base(self, overrides: Sequence[str]) -> DictConfig:
         """The config of the chosen options alone; without the experiment when that is what does not compose."""
-        chosen = [o for o in _parse(overrides) if o.key_or_group in self.groups and not isinstance(o.value(), dict)]
+        groups = {*self.groups, "hydra.searchpath"}
+        chosen = [o for o in self._parse(overrides) if o.key_or_group in groups and not isinstance(o.value(), dict)]
         for skipped in ((), ("experiment", "debug"), tuple(self.groups)):
-            lines = [str(o.input_line) for o in chosen if o.key_or_group not in skipped]
-            try:
-                return hydra.compose(self.config_name, lines, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException):
-                continue
+            lines = tuple(str(o.input_line) for o in chosen if o.key_or_group not in skipped)
+            with suppress(HydraException, OmegaConfBaseException):
+                if lines not in self._bases:
+                    self._bases[lines] = hydra.compose(self.config_name, list(lines), return_hydra_config=True)
+                return self._bases[lines]
         raise ConfigError(f"{self.conf / self.config_name}.yaml does not compose by itself")
 
 
-def default_stage(cfg: DictConfig, choices: DictConfig) -> None:
+def default_stage(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     """An experiment given alone runs its loop."""
     if OmegaConf.is_missing(cfg, "stage") and choices.get("experiment"):
         cfg.stage = Stage.loop
@@ -191,30 +214,23 @@ def point_name(overrides: Sequence[str]) -> str:
 
 
 # They say what is done with a point, or are part of its path already.
-_NOT_IN_POINT_NAME = re.compile(r"(stage|exp_name|point|round|overwrite|plan|experiment|paths|(paths|inputs|hydra)[./][^=]*)=")
+_NOT_IN_POINT_NAME = re.compile(
+    r"(stage|exp_name|point|round|overwrite|plan|experiment|paths|(paths|inputs|hydra)[./][^=]*)="
+)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = []
-    for line in overrides:
-        try:
-            parsed += parser.parse_overrides([line])
-        except HydraException as error:
-            reason = suggest.one_line(str(error).partition("\nSee https://")[0])
-            raise ConfigError(f"""cannot read {line}: {reason}; quote a value with = or , in it: 'key="a=b"'""") from error
-    return parsed
+def _types(node: DictConfig) -> tuple[Any, Any]:
+    """Of the node itself, and of what its keys are declared to hold."""
+    return OmegaConf.get_type(node), node._metadata.element_type
 
 
 def _refuse_targets(cfg: DictConfig) -> None:
     """Hydra builds what stands in its own node before any code of ours runs, so look first."""
     for key, node in _nodes(cfg):
         if key.rpartition(".")[2] == "_target_":
-            value = OmegaConf.to_container(cfg, resolve=False)
-            for part in key.split("."):
-                value = value[int(part) if isinstance(value, list) else part]  # type: ignore[index, call-overload]
-            if key not in ("hydra.launcher._target_", "hydra.sweeper._target_") or not str(value).startswith(STOCK_PLUGINS):
-                raise ConfigError(_refused(f"{key}={value}"))
+            stock = isinstance(node._value(), str) and node._value().startswith(STOCK_PLUGINS)
+            if not stock or key not in ("hydra.launcher._target_", "hydra.sweeper._target_"):
+                raise ConfigError(_refused(f"{key}={node._value()}"))
 
 
 def _refused(what: object) -> str:
@@ -236,14 +252,18 @@ def _check_points_differ(configs: Sequence[DictConfig]) -> None:
         seen[place] = " ".join(overrides)
 
 
-def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """(dotted key, whether it is a leaf) of everything below a node; an empty dict is a leaf, as is one that is unset."""
-    indices = range(len(node)) if isinstance(node, ListConfig) else list(node)
-    for index in indices:
-        child = node._get_node(index)
-        full_key = f"{prefix}{index}"
-        inner = isinstance(child, DictConfig | ListConfig) and not child._is_none() and not child._is_missing()
-        inner = inner and not child._is_interpolation() and len(child) > 0
-        yield full_key, not inner or isinstance(child, ListConfig)
-        if inner:
-            yield from _nodes(child, full_key + ".")
+def _nodes(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, node) of everything below a node."""
+    for index in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        child: Any = node._get_node(index)
+        yield f"{prefix}{index}", child
+        special = child._is_none() or child._is_missing() or child._is_interpolation()
+        if isinstance(child, DictConfig | ListConfig) and not special:
+            yield from _nodes(child, f"{prefix}{index}.")
+
+
+def leaf_keys(cfg: DictConfig, *, of_hydra: bool = False) -> list[str]:
+    """What can be set on the command line; a list is one key, and so is a dict that is still empty."""
+    nodes = {key: node for key, node in _nodes(cfg) if not re.search(r"\.\d+(\.|$)", key)}
+    inner = {key.rpartition(".")[0] for key in nodes}
+    return [key for key in nodes if key not in inner and (key.startswith("hydra.") is of_hydra)]

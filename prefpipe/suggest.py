@@ -1,6 +1,7 @@
-"""What a user may have meant: the nearest key or option, and where it lives. Knows conf/ and the dataclasses, not Hydra."""
+"""What a user may have meant: the nearest key or option, and where it lives. No Hydra here: conf/ and dataclasses."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -70,8 +71,8 @@ def unknown_key(key: str, present: Collection[str], chosen: Mapping[str, Any], g
     guesses = nearest(key, words)
     if not guesses:
         return f"{message}; `prefpipe --cfg job` prints the keys that there are"
-    named = [f"{guess} (a group: {', '.join(groups[guess])})" if guess in groups else guess for guess in guesses]
-    return f"{message}; did you mean {_or(named)}?" + _where_it_lives(guesses[0], declared, present, chosen)
+    named = [f"{guess} (a group: {' '.join(groups[guess])})" if guess in groups else guess for guess in guesses]
+    return f"{message}; nearest: {', '.join(named)}" + _where_it_lives(guesses[0], declared, present, chosen)
 
 
 def unknown_option(group: str, option: str, options: Collection[str], groups: Mapping[str, list[str]]) -> str:
@@ -79,9 +80,9 @@ def unknown_option(group: str, option: str, options: Collection[str], groups: Ma
     message = f"no such option: {group}={option}"
     if not options:
         known = nearest(group, groups)
-        return f"{message}; there is no group {group}" + (f"; did you mean {_or(known)}?" if known else "")
+        return f"{message}; there is no group {group}" + (f"; nearest: {', '.join(known)}" if known else "")
     if guesses := nearest(option, options):
-        message += f"; did you mean {_or([f'{group}={guess}' for guess in guesses])}?"
+        message += f"; nearest: {', '.join(f'{group}={guess}' for guess in guesses)}"
     if homes := [home for home, names in groups.items() if option in names]:
         message += f"; {option} belongs to {_or(homes)}"
     return f"{message}; {group} has {', '.join(sorted(options))}"
@@ -92,7 +93,14 @@ def one_line(text: object) -> str:
     return re.sub(r"\s+", " ", str(text)).strip()
 
 
-def _where_it_lives(key: str, declared: Mapping[str, list[str]], present: Collection[str], chosen: Mapping[str, Any]) -> str:
+def short_hash(text: str) -> str:
+    """8 hex digits that tell two texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _where_it_lives(
+    key: str, declared: Mapping[str, list[str]], present: Collection[str], chosen: Mapping[str, Any]
+) -> str:
     if key in present or not declared.get(key):
         return ""
     group = key.partition(".")[0]
@@ -100,7 +108,7 @@ def _where_it_lives(key: str, declared: Mapping[str, list[str]], present: Collec
     if group not in chosen:
         return text
     option = chosen[group]
-    return f"{text}; you chose {group}={option if isinstance(option, str) else '[' + ','.join(option or []) + ']'}"
+    return f"{text}; you chose {group}={option if isinstance(option, str) else '[' + ','.join(option) + ']'}"
 
 
 def _or(words: list[str]) -> str:
