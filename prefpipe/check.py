@@ -23,6 +23,9 @@ from prefpipe.config import register_schemas, to_run_config, unknown_keys
 from prefpipe.errors import ConfigError
 from prefpipe.settings import Stage
 
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises about a config; ValueError for a number as a group's option."""
+
 STAGES = ", ".join(stage.value for stage in Stage)
 
 STOCK_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
@@ -93,7 +96,7 @@ class Checker:
     def _compose(self, index: int, overrides: list[str]) -> DictConfig:
         try:
             cfg = hydra.compose(self.config_name, overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except COMPOSITION_ERRORS as error:
             raise ConfigError(self._explain(error, overrides)) from error
         with read_write(cfg), open_dict(cfg.hydra.job):
             cfg.hydra.job.num, cfg.hydra.job.id = index, str(index)
@@ -151,8 +154,15 @@ class Checker:
         """The first override that cannot be meant: of a key that the chosen options lack, or that deletes one."""
         keys = {key for key, _ in _nodes(base)}
         for override in self._parse(overrides):
-            key, line = override.key_or_group, override.input_line
-            if key in self.groups or key in base.hydra.runtime.choices:
+            key, line = override.key_or_group, str(override.input_line)
+            choices = base.hydra.runtime.choices
+            if override.package is not None and f"{key}@{override.package}" not in choices:
+                if key in self.groups and override.is_add() and isinstance(override.value(), str):
+                    continue  # +source@data_mixer.sources.NAME=NAME
+                return self._unknown_key(override.get_key_element().lstrip("+~"), base)
+            if key in self.groups and isinstance(override.value(), bool | int | float):
+                return suggest.unknown_option(key, line.partition("=")[2], self.groups[key], self.groups)
+            if key in self.groups or key in choices:
                 continue
             if key not in keys:
                 problem = self._unknown_override(override, base)
@@ -161,7 +171,7 @@ class Checker:
             elif override.is_delete() and key in suggest.declared_keys():
                 return f"{line}: a key cannot be deleted; give it another value"
             elif override.is_add() and OmegaConf.select(base, key, throw_on_missing=False) is not None:
-                return f"{line}: {key} is already there; write {str(line)[1:]}"
+                return f"{line}: {key} is already there; write {line[1:]}"
         return None
 
     def _unknown_override(self, override: Override, base: DictConfig) -> str | None:
@@ -180,10 +190,10 @@ class Checker:
     def _base(self, overrides: Sequence[str]) -> DictConfig:
         """The config of the chosen options alone; without the experiment when that is what does not compose."""
         groups = {*self.groups, "hydra.searchpath"}
-        chosen = [o for o in self._parse(overrides) if o.key_or_group in groups and not isinstance(o.value(), dict)]
+        chosen = [o for o in self._parse(overrides) if o.key_or_group in groups and isinstance(o.value(), str | list)]
         for skipped in ((), ("experiment", "debug"), tuple(self.groups)):
             lines = tuple(str(o.input_line) for o in chosen if o.key_or_group not in skipped)
-            with suppress(HydraException, OmegaConfBaseException):
+            with suppress(*COMPOSITION_ERRORS):
                 if lines not in self._bases:
                     self._bases[lines] = hydra.compose(self.config_name, list(lines), return_hydra_config=True)
                 return self._bases[lines]
@@ -215,7 +225,7 @@ def point_name(overrides: Sequence[str]) -> str:
 
 # They say what is done with a point, or are part of its path already.
 _NOT_IN_POINT_NAME = re.compile(
-    r"(stage|exp_name|point|round|overwrite|plan|experiment|paths|(paths|inputs|hydra)[./][^=]*)="
+    r"(stage|exp_name|point|round|overwrite|plan|experiment|((paths|inputs|hydra|hardware|tracking|task)([./][^=]*)?))="
 )
 
 

@@ -5,7 +5,7 @@ Nothing here imports torch at the top: the config needs these classes, and `pref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from prefpipe.components import register
@@ -44,6 +44,11 @@ class Loss:
             reference: the same of the frozen model; None only where needs_reference is False.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
+
+    def describe(self) -> str:
+        """Name and knobs, for the log."""
+        knobs = [f"{field.name}={getattr(self, field.name)}" for field in fields(self) if field.name != "name"]
+        return " ".join([self.name, *knobs])
 
 
 @register("loss")
@@ -128,6 +133,10 @@ class SimPO(Loss):
         chosen, rejected = policy.per_token()
         loss = -log_sigmoid(self.beta * (chosen - rejected) - self.gamma)
         return LossOutput(loss, (self.beta * chosen).detach(), (self.beta * rejected).detach())
+
+    def describe(self) -> str:
+        assert self.gamma is not None
+        return f"simpo beta={self.beta} gamma={self.gamma:g} (gamma/beta={self.gamma / self.beta:g})"
 
 
 @register("loss")

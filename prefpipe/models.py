@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import orjson
 
 from prefpipe import artifacts
 from prefpipe.errors import ConfigError
+from prefpipe.files import sha256_of
 from prefpipe.settings import HardwareConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _from_package(package: str, cache: Path) -> Path:
     files = sorted(root.rglob("*.gguf"))
     if len(files) != 1:
         raise ConfigError(f"model.package={package}: {len(files)} GGUF files in it, one is expected; set model.path")
-    folder = cache / f"{package}-{artifacts.sha256_of(files[0])[:12]}"
+    folder = cache / f"{package}-{sha256_of(files[0])[:12]}"
     if not (folder / "config.json").is_file():
         log.info("converting %s to %s, once", files[0].name, folder)
         _convert_gguf(files[0], folder)
@@ -87,10 +87,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    _no_progress_bars_in_logs()
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except ImportError as error:
         raise ConfigError(f"reading {file.name} needs the package gguf: pip install gguf ({error})") from None
     # transformers refuses to save a model that was loaded from GGUF: a fresh one of the same config takes its weights.
@@ -103,15 +104,15 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    fresh.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    try:
-        aside.rename(folder)
-    except OSError:
-        shutil.rmtree(aside)  # another process was first
-        if not (folder / "config.json").is_file():
-            raise
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        aside = Path(scratch) / folder.name  # the folder above is its owner's alone; a shared cache is for all
+        fresh.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
 
 
 def weights_digest(folder: Path) -> str:
@@ -130,7 +131,7 @@ def weights_digest(folder: Path) -> str:
             if file.name not in ("README.md", "provenance.json", "generation_config.json")
         }
     )
-    listing = [[file.name, _blob_name(file) or artifacts.sha256_of(file)] for file in files]
+    listing = [[file.name, _blob_name(file) or sha256_of(file)] for file in files]
     return hashlib.sha256(orjson.dumps(listing)).hexdigest()[:16]
 
 
@@ -220,10 +221,8 @@ def precision_of(hardware: HardwareConfig, device: torch.device) -> str:
 def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model of a folder on a device. Remote code is never run; only safetensors are read."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    _no_progress_bars_in_logs()
     config = AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
         raise ConfigError(
@@ -235,3 +234,10 @@ def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device
     )
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
+
+
+def _no_progress_bars_in_logs() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()

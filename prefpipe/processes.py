@@ -39,9 +39,14 @@ def run_process(command: Sequence[str], what: str) -> None:
         _end_group(child)
         raise
     if code:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        raise ChildError(f"{what} {how}{hint}; the same command again goes on from its last commit")
+        raise ChildError(f"{what} {_why(code)}")
+
+
+def _why(code: int) -> str:
+    if code > 0:
+        return f"failed with exit code {code}; its message stands above"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}; the same command again goes on from its last commit"
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

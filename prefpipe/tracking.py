@@ -1,6 +1,7 @@
 """MLflow as a sink: metrics.jsonl comes first, MLflow is told afterwards, and nothing here can end a run."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,17 @@ from typing import Any
 import orjson
 
 from prefpipe import artifacts
+from prefpipe.files import chunks, write_json
 from prefpipe.records import EvalResult
 from prefpipe.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
 
+MLFLOW_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its own default keeps a finished run waiting for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 MAX_VALUE = 500
 """Characters of a parameter; MLflow cuts longer ones without a word."""
 
@@ -34,9 +41,8 @@ def send_to_mlflow(checkpoint: Path, evals: Path, tracking: TrackingConfig, para
 def _send(checkpoint: Path, evals: Path, tracking: TrackingConfig, params: dict[str, Any]) -> None:
     if not artifacts.is_complete(checkpoint):
         return
-    import os
-
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     from filelock import FileLock
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
@@ -54,7 +60,7 @@ def _send(checkpoint: Path, evals: Path, tracking: TrackingConfig, params: dict[
         manifest = artifacts.manifest(checkpoint)
         run = client.create_run(experiment, run_name=str(params.get("exp_name")))
         state = {"run_id": run.info.run_id, "digest": digest, "sent": []}
-        artifacts.write_json(note, state)
+        write_json(note, state)
         tags = [
             RunTag("checkpoint", digest),
             RunTag("git", str(manifest.get("git"))),
@@ -62,17 +68,17 @@ def _send(checkpoint: Path, evals: Path, tracking: TrackingConfig, params: dict[
         ]
         kept = [Param(key, str(value)) for key, value in params.items() if len(str(value)) <= MAX_VALUE]
         client.log_batch(state["run_id"], params=kept[:100], tags=tags)
-        for chunk in artifacts.chunks(kept[100:], 100):
+        for chunk in chunks(kept[100:], 100):
             client.log_batch(state["run_id"], params=chunk)
     if "training" not in state["sent"]:
         rows = [orjson.loads(line) for line in (checkpoint / "metrics.jsonl").read_bytes().splitlines()]
         metrics = [
             Metric(key, value, 0, row["step"]) for row in rows for key, value in row.items() if key.startswith("train/")
         ]
-        for batch in artifacts.chunks(metrics, 1000):
+        for batch in chunks(metrics, 1000):
             client.log_batch(state["run_id"], metrics=batch)
         state["sent"].append("training")
-        artifacts.write_json(note, state)
+        write_json(note, state)
     if artifacts.is_complete(evals) and (sent := f"evals-{artifacts.digest(evals)[:16]}") not in state["sent"]:
         results = artifacts.read(evals, EvalResult, key="evals")
         client.log_batch(
@@ -80,7 +86,7 @@ def _send(checkpoint: Path, evals: Path, tracking: TrackingConfig, params: dict[
         )
         client.set_terminated(state["run_id"])
         state["sent"].append(sent)
-        artifacts.write_json(note, state)
+        write_json(note, state)
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

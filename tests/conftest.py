@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PREFPIPE_SHARED", ROOT.parent / "shared"))
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PREFPIPE_CACHE"] = str(ROOT / ".cache" / "prefpipe")
 
@@ -33,7 +33,7 @@ def tiny_folder() -> Path:
     return ROOT / "prefpipe" / "assets" / "tiny"
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(tmp_path: Path) -> RunCli:
     """Run `prefpipe ...` in an empty folder, as a user would; output goes to tmp_path/runs."""
 
@@ -56,8 +56,8 @@ def cli(tmp_path: Path) -> RunCli:
     return run
 
 
-@pytest.fixture()
-def folder_of_parts() -> Iterator[Callable[[Path], dict[str, bytes]]]:
+@pytest.fixture
+def folder_of_parts() -> Callable[[Path], dict[str, bytes]]:
     """Every file of a tree but provenance and locks: what must not depend on when, where and how often it was made."""
 
     def contents(root: Path) -> dict[str, bytes]:
@@ -67,4 +67,4 @@ def folder_of_parts() -> Iterator[Callable[[Path], dict[str, bytes]]]:
             if file.is_file() and file.name not in ("provenance.json", "timing.jsonl") and not file.name.startswith(".")
         }
 
-    yield contents
+    return contents

@@ -64,7 +64,7 @@ def test_exact_answer_scores_right_wrong_and_not_at_all():
     ]
     assert ExactAnswer().score(texts) == [1.0, 0.0, None, None]
     assert ExactAnswer(rule="last_number").score(texts)[:2] == [1.0, 1.0]
-    with pytest.raises(ConfigError, match="scorer.rule=nosuch must be one of last_hash"):
+    with pytest.raises(ConfigError, match=r"scorer\.rule=nosuch must be one of last_hash"):
         ExactAnswer(rule="nosuch")
 
 

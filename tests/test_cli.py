@@ -94,6 +94,8 @@ def refused(result: Result) -> str:
         ),
         ("++los.beta=1", "no such config key: los.beta; nearest: loss.beta"),
         ("loss=simp", "no such option: loss=simp; nearest: loss=simpo; loss has dpo, ipo, sft, simpo"),
+        ("loss=1", "no such option: loss=1; loss has dpo, ipo, sft, simpo"),
+        ("loss@beta=1", "no such config key: loss@beta; nearest: loss.beta"),
         ("los=simpo", "no such config key: los; nearest: loss (a group: dpo ipo sft simpo)"),
         ("gamma=1 loss=simpo", "no such config key: gamma; nearest: loss.gamma"),
         ("loss.max_steps=1", "no such config key: loss.max_steps; nearest: training.max_steps"),

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "prefpipe"
 # The lower a layer, the fewer it may know. A name stands for its submodules too, unless they are named themselves.
 LAYERS: list[set[str]] = [
     {"", "errors", "records", "components", "settings", "logps", "answers", "statistics", "logs", "processes"}
-    | {"progress"},
+    | {"progress", "files", "provenance"},
     {"losses", "pairers", "generators", "scorers", "tasks", "sources", "prompts", "artifacts", "models", "tracking"}
     | {"tiny_model"},
     {"training"},

@@ -65,6 +65,11 @@ def test_simpo_defaults_are_beta_2_and_an_absolute_gamma_of_1():
     assert loss(equal_means, None).loss.item() == pytest.approx(math.log1p(math.e), abs=1e-12)
 
 
+def test_simpo_says_gamma_and_its_ratio():
+    assert SimPO(beta=2.5, gamma_beta_ratio=0.55).describe() == "simpo beta=2.5 gamma=1.375 (gamma/beta=0.55)"
+    assert DPO().describe() == "dpo beta=0.1 label_smoothing=0.0"
+
+
 def test_simpo_refuses_two_spellings_of_its_margin():
     with pytest.raises(ConfigError, match=r"loss\.gamma=1\.0 and loss\.gamma_beta_ratio=0\.5"):
         SimPO(gamma=1.0, gamma_beta_ratio=0.5)

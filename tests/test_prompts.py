@@ -1,4 +1,4 @@
-"""One BOS, one end of turn, the stop token trained, the prompt a token-prefix: over the families of templates in use."""
+"""One BOS, one end of turn, the stop token trained, the prompt a token-prefix: for the template families in use."""
 
 import string
 
@@ -25,10 +25,14 @@ LLAMA2 = (
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-NO_END = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 STRIPS_HISTORY = (
-    "{{ bos_token }}{% for m in messages %}{% if loop.last %}[last]{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if loop.last %}[last]{% endif %}<|im_start|>"
+    "{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = [
     "<s>",
@@ -163,7 +167,7 @@ def test_a_special_token_in_a_text_cannot_forge_a_turn(role):
 
 
 def test_a_template_without_system_turns_says_so():
-    with pytest.raises(TemplateError, match="refuses the roles .*Only user and assistant") as caught:
+    with pytest.raises(TemplateError, match=r"refuses the roles .*Only user and assistant") as caught:
         chat(tokenizer(LLAMA2)).prompt(TURNS[1])
     assert caught.value.code == "template_refused"
 

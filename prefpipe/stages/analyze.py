@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefpipe.artifacts import write_json
 from prefpipe.errors import ConfigError
+from prefpipe.files import write_json
 from prefpipe.report import collect, sweeps
 from prefpipe.report.collect import STATES, Run
 from prefpipe.report.sweeps import Row

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prefpipe import artifacts, models
 from prefpipe.artifacts import Plan
+from prefpipe.files import chunks
 from prefpipe.generators import Generator, Skipped
 from prefpipe.records import Completion, Prompt, Split
 from prefpipe.settings import HardwareConfig, ModelConfig
@@ -41,7 +42,7 @@ def generate(
         if draft.is_current:
             return
         rows = itertools.chain.from_iterable(artifacts.read(path, Prompt, key="inputs.prompts") for path in prompts)
-        for index, group in enumerate(artifacts.chunks(rows, generator.prompts_per_part)):
+        for index, group in enumerate(chunks(rows, generator.prompts_per_part)):
             if draft.has(index):
                 continue
             wanted = [prompt for prompt in group if prompt.split == Split.train]

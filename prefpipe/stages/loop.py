@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from prefpipe import artifacts
+from prefpipe.files import now, write_json
 from prefpipe.processes import run_process
 from prefpipe.rounds import BASE
 from prefpipe.settings import RecipeConfig
@@ -28,7 +28,7 @@ def loop(config: Path, recipe: RecipeConfig, *, record: Path) -> None:
         ChildError: a stage failed; its own message was printed before.
     """
     before = _seconds_before(record)
-    done: dict[str, Any] = {"started": artifacts.now(), "stages": []}
+    done: dict[str, Any] = {"started": now(), "stages": []}
     for stage, round_, overrides in steps(recipe):
         started = time.time()
         log.info("loop: stage=%s round=%d", stage, round_)
@@ -36,7 +36,7 @@ def loop(config: Path, recipe: RecipeConfig, *, record: Path) -> None:
         run_process([sys.executable, "-m", "prefpipe.worker", str(config), *settings], f"stage={stage} round={round_}")
         seconds = round(max(time.time() - started, before.pop((stage, round_), 0.0)), 2)
         done["stages"].append({"stage": stage, "round": round_, "seconds": seconds})
-        artifacts.write_json(record, done)
+        write_json(record, done)
 
 
 def _seconds_before(record: Path) -> dict[tuple[str, int], float]:

@@ -13,6 +13,7 @@ import orjson
 
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
+from prefpipe.files import chunks
 from prefpipe.pairers import Pairer
 from prefpipe.records import Pair, ScoredCompletion, Split
 
@@ -29,7 +30,7 @@ def pair(scored: Sequence[Path], out: Path, *, pairer: Pairer, seed: int, overwr
         statistics = PairStatistics()
         with tempfile.TemporaryDirectory(dir=draft.scratch) as scratch:
             groups = grouped(scored, Path(scratch))
-            for index, chunk in enumerate(artifacts.chunks(groups, PROMPTS_PER_PART)):
+            for index, chunk in enumerate(chunks(groups, PROMPTS_PER_PART)):
                 pairs, left_out, used = [], Counter[str](), 0
                 for group in chunk:
                     made = _pairs_of(group, pairer, seed)

@@ -15,6 +15,7 @@ import orjson
 from prefpipe import artifacts
 from prefpipe.artifacts import RECORDS_PER_PART, Draft, Plan
 from prefpipe.errors import ArtifactError, DataError
+from prefpipe.files import sha256_of
 from prefpipe.records import Pair, Prompt, ScoredCompletion
 from prefpipe.settings import DataMixerConfig
 from prefpipe.sources import Quarantined, open_source
@@ -105,7 +106,7 @@ class SourceCounts:
 
 def _file_digests(parts: Sequence[Ingredient]) -> dict[str, str]:
     """sha256 of every input file, so that a changed one is noticed and named. Hub data is pinned by its revision."""
-    return {str(file): artifacts.sha256_of(file) for part in parts for file in input_files(part.source)}
+    return {str(file): sha256_of(file) for part in parts for file in input_files(part.source)}
 
 
 def _check_companions(out_dir: Path) -> None:

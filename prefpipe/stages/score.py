@@ -9,6 +9,7 @@ from pathlib import Path
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ArtifactError
+from prefpipe.files import chunks
 from prefpipe.records import Completion, ScoredCompletion
 from prefpipe.scorers import Scorer
 
@@ -26,7 +27,7 @@ def score(completions: Sequence[Path], out: Path, *, scorer: Scorer, overwrite: 
         if draft.is_current:
             return
         rows = itertools.chain.from_iterable(_read(path) for path in completions)
-        for index, chunk in enumerate(artifacts.chunks(rows, ROWS_PER_PART)):
+        for index, chunk in enumerate(chunks(rows, ROWS_PER_PART)):
             if draft.has(index):
                 continue
             scored, left_out = [], Counter[str]()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefpipe import artifacts
+from prefpipe.files import fsync_folder, sha256_of, write_json
 
 log = logging.getLogger(__name__)
 KEPT = 2
@@ -36,11 +36,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     for file in sorted(aside.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-        files[file.name] = artifacts.sha256_of(file)
-    artifacts.write_json(aside / "state.json", {"step": step, "files": files, **extra})
+        files[file.name] = sha256_of(file)
+    write_json(aside / "state.json", {"step": step, "files": files, **extra})
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    artifacts.fsync_folder(folder)
+    fsync_folder(folder)
     for old in sorted(folder.glob("step-??????"))[:-KEPT]:
         shutil.rmtree(old)
 
@@ -65,7 +65,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 def _checked(candidate: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = orjson.loads((candidate / "state.json").read_bytes())
-        intact = all(artifacts.sha256_of(candidate / name) == sha for name, sha in state["files"].items())
+        intact = all(sha256_of(candidate / name) == sha for name, sha in state["files"].items())
     except (OSError, orjson.JSONDecodeError, KeyError):
         return None
     return state if intact else None

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prefpipe import artifacts, models
+from prefpipe import models
 from prefpipe.errors import DataError
+from prefpipe.files import write_json
 from prefpipe.logps import PairLogps
 from prefpipe.losses import Loss
 from prefpipe.progress import progress
@@ -65,17 +66,10 @@ def train(job: Job) -> None:
     tokenizer = models.load_tokenizer(job.model, job.policy)
     template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, job.policy))
     examples, counts = encode(job.pairs, template, training, pairwise=loss.pairwise)
-    artifacts.write_json(work / "data_counts.json", dict(counts))
+    write_json(work / "data_counts.json", dict(counts))
     num_steps, num_drawn = run_length(len(examples), training)
-    log.info(
-        "%s on %d examples (%s), %d steps on %s in %s",
-        loss.name,
-        len(examples),
-        dict(counts),
-        num_steps,
-        device,
-        precision,
-    )
+    log.info("%s, %d steps, %d examples %s", loss.describe(), num_steps, len(examples), dict(counts))
+    log.info("training %s on %s in %s", job.policy, device, precision)
 
     policy = _load(job, job.policy, device)
     reference = _reference_logps(job, policy, examples, accelerator) if loss.needs_reference else None
@@ -108,9 +102,8 @@ def train(job: Job) -> None:
                 measured.append(
                     torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
                 )
-            values = torch.cat(
-                measured, dim=1
-            ).cpu()  # [5, B]: the only time in a step that the host waits for the device
+            # [5, B]; the only time in a step that the host waits for the device.
+            values = torch.cat(measured, dim=1).cpu()
             _refuse_non_finite(values[0], rows, step)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
             rate = learning_rate(step, num_steps, training)

@@ -1,4 +1,4 @@
-"""Sampling: the same answer whatever the batch, transformers' own greedy answer, the log-probability of a full forward."""
+"""Sampling: the same answer whatever the batch, that of transformers when greedy, and true log-probabilities."""
 
 from pathlib import Path
 
@@ -152,5 +152,5 @@ def test_greedy_with_several_samples_is_refused():
 def test_a_gpu_that_is_not_there_is_said_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="hardware.device=cuda, but torch sees no GPU"):
+    with pytest.raises(ConfigError, match=r"hardware\.device=cuda, but torch sees no GPU"):
         models.device_of(HardwareConfig(name="x", device="cuda"))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import orjson
 
-from prefpipe.artifacts import Plan, draft, write_json
+from prefpipe.artifacts import Plan, draft
+from prefpipe.files import write_json
 from prefpipe.records import Completion, EvalResult, Pair, Prompt, ScoredCompletion, Split, prompt_id
 from prefpipe.statistics import wilson
 

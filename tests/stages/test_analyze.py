@@ -7,8 +7,9 @@ import orjson
 import pytest
 from report_runs import MODEL, build_run, publish, write_loop
 
-from prefpipe.artifacts import manifest, write_json
+from prefpipe.artifacts import manifest
 from prefpipe.errors import ArtifactError, ConfigError
+from prefpipe.files import write_json
 from prefpipe.report.collect import load_run
 from prefpipe.report.sweeps import label_points
 from prefpipe.stages.analyze import aligned, analyze

@@ -11,8 +11,9 @@ import orjson
 import pytest
 from report_runs import HOSTILE, build_run, publish, write_loop
 
-from prefpipe.artifacts import digest, manifest, write_json
+from prefpipe.artifacts import digest, manifest
 from prefpipe.errors import ArtifactError
+from prefpipe.files import write_json
 from prefpipe.records import EvalResult, Pair
 from prefpipe.report import streams
 from prefpipe.report.text import number, outline, pieces, redact, visible

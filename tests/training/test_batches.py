@@ -78,7 +78,7 @@ def test_rows_that_cannot_be_rendered_are_counted_and_all_of_them_refuse(templat
     good, bad = pair("a", "b", "c"), pair("a", f"b{end}", "c")
     examples, counts = encode([good, bad], template, TrainingConfig(), pairwise=True)
     assert (len(examples), counts["special_token"]) == (1, 1)
-    with pytest.raises(DataError, match="no pair is left to train on.*special token"):
+    with pytest.raises(DataError, match=r"no pair is left to train on.*special token"):
         encode([bad], template, TrainingConfig(), pairwise=True)
 
 

@@ -127,7 +127,7 @@ def test_every_token_of_an_sft_batch_weighs_the_same(tmp_path, tiny_folder):
     assert metrics(tmp_path)[0]["train/loss"] == pytest.approx(total / count, abs=1e-4)
 
 
-class Killed(RuntimeError):
+class KilledError(RuntimeError):
     """Stands for SIGKILL: nothing after it runs."""
 
 
@@ -141,10 +141,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_folder, loss, 
     def save_then_die(work, step, *args, **kwargs):
         real(work, step, *args, **kwargs)
         if step == kill_after:
-            raise Killed
+            raise KilledError
 
     monkeypatch.setattr(loop, "_save_state", save_then_die)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(job(tmp_path / "killed", tiny_folder, loss, training))
     monkeypatch.undo()
     train(job(tmp_path / "killed", tiny_folder, loss, training))

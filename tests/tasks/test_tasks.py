@@ -1,0 +1,135 @@
+"""Evaluation tasks against values by hand, with a policy that answers what it is told."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import combinations
+from math import comb
+
+import pytest
+
+from prefpipe.errors import ConfigError, DataError
+from prefpipe.records import Completion, Pair, Prompt, prompt_id
+from prefpipe.tasks.accuracy import Accuracy
+from prefpipe.tasks.maj_at_k import MajAtK, majority
+from prefpipe.tasks.pair_accuracy import PairAccuracy
+from prefpipe.tasks.pass_at_k import PassAtK, pass_at_k
+
+
+@dataclass
+class Scripted:
+    """A policy whose answers are given: prompt number → texts; pair number → log-probabilities."""
+
+    texts: list[list[str]] = field(default_factory=list)
+    logps: list[tuple[float, int, float, int]] = field(default_factory=list)
+
+    def sample(
+        self, prompts: Iterable[Prompt], *, num_samples: int, temperature: float, max_new_tokens: int | None = None
+    ) -> list[Completion]:
+        return [
+            Completion(
+                prompt_id=p.prompt_id,
+                completion_id=f"{i}-{j}",
+                messages=p.messages,
+                source="t",
+                text=self.texts[i][j],
+                answer=p.answer,
+            )
+            for i, p in enumerate(prompts)
+            for j in range(num_samples)
+        ]
+
+    def pair_logps(self, pairs: list[Pair]) -> list[tuple[float, int, float, int]]:
+        return self.logps
+
+
+def problems(*answers: str | None) -> list[Prompt]:
+    rows = []
+    for i, answer in enumerate(answers):
+        messages = [{"role": "user", "content": f"q{i}"}]
+        rows.append(Prompt(prompt_id=prompt_id(messages), messages=messages, source="t", answer=answer))
+    return rows
+
+
+def test_accuracy_counts_right_answers_and_missing_ones():
+    policy = Scripted([["#### 1"], ["#### 9"], ["no idea"], ["#### 4.0"]])
+    (accuracy, missing), samples = Accuracy().evaluate(policy, problems("#### 1", "2", "3", "4"), [])
+    assert (accuracy.metric, accuracy.value, accuracy.n) == ("accuracy", 0.5, 4)
+    assert (missing.metric, missing.value) == ("no_answer", 0.25)
+    assert accuracy.low < 0.5 < accuracy.high
+    assert len(samples) == 4
+
+
+def test_prompts_without_a_reference_number_are_not_counted():
+    (accuracy, _), _ = Accuracy().evaluate(Scripted([["#### 1"]]), problems(None, "#### 1", "blue")[1:2], [])
+    assert accuracy.n == 1
+    with pytest.raises(DataError, match="task=accuracy needs held-out prompts with a reference number"):
+        Accuracy().evaluate(Scripted(), problems(None, "blue"), [])
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(combinations(range(n), k))
+            share = sum(any(i < right for i in subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(n, right, k) == pytest.approx(share)
+
+
+def test_pass_at_k_worked_numbers():
+    """5 samples, 3 wrong: pass@3 = 1 - C(3,3)/C(5,3) = 0.9; all wrong: 0."""
+    assert pass_at_k(5, 2, 3) == pytest.approx(0.9)
+    assert pass_at_k(5, 0, 3) == 0.0
+    assert 1 - comb(3, 3) / comb(5, 3) == pytest.approx(0.9)
+
+
+def test_pass_at_k_over_problems():
+    policy = Scripted([["#### 1", "#### 0"], ["x", "y"]])
+    results, _ = PassAtK(k=[1, 2], num_samples=2).evaluate(policy, problems("1", "2"), [])
+    assert [(r.metric, r.value) for r in results] == [("pass@1", 0.25), ("pass@2", 0.5)]
+
+
+def test_majority_takes_numbers_and_the_first_of_equals():
+    one, two = Fraction(1), Fraction(2)
+    assert majority([one, two, two]) == two
+    assert majority([two, one, one, two]) == two
+    assert majority([None, None, one]) == one
+    assert majority([None, None]) is None
+
+
+def test_maj_at_k_votes_over_numbers_not_strings():
+    policy = Scripted([["#### 1,000", "#### 1000.0", "#### 5", "#### 5", "#### 1000"], ["x", "x", "x", "x", "#### 3"]])
+    (result,), _ = MajAtK(k=5).evaluate(policy, problems("1000", "2"), [])
+    assert (result.metric, result.value, result.details["tie"]) == ("maj@5", 0.5, "first seen")
+
+
+def test_nobody_answering_is_wrong_not_right():
+    (result,), _ = MajAtK(k=2).evaluate(Scripted([["x", "y"]]), problems("1"), [])
+    assert result.value == 0.0
+
+
+def test_pair_accuracy_by_sum_and_by_mean_and_half_for_equals():
+    """(-10 of 10 tokens, -4 of 2): the sum prefers rejected, the mean chosen."""
+    rows = [
+        Pair(prompt_id="p", messages=[], source="t", chosen="a", rejected="b"),
+        Pair(prompt_id="q", messages=[], source="t", chosen="a", rejected="b"),
+    ]
+    policy = Scripted(logps=[(-10.0, 10, -4.0, 2), (-3.0, 3, -3.0, 3)])
+    (by_sum, by_mean), _ = PairAccuracy().evaluate(policy, [], rows)
+    assert (by_sum.value, by_mean.value) == (0.25, 0.75)
+    with pytest.raises(DataError, match="task=pair_accuracy needs held-out pairs"):
+        PairAccuracy().evaluate(policy, [], [])
+
+
+@pytest.mark.parametrize(
+    ("cls", "knobs", "key"),
+    [
+        (PassAtK, {"k": [9], "num_samples": 8}, r"task\.pass_at_k\.k="),
+        (PassAtK, {"temperature": 0.0}, r"task\.pass_at_k\.temperature="),
+        (MajAtK, {"k": 0}, r"task\.maj_at_k\.k="),
+        (Accuracy, {"rule": "x"}, r"task\.accuracy\.rule=x"),
+    ],
+)
+def test_knobs_are_checked(cls, knobs, key):
+    with pytest.raises(ConfigError, match=key):
+        cls(**knobs)
