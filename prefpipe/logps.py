@@ -27,24 +27,29 @@ class PairLogps(NamedTuple):
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-def completion_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def completion_logps(
+    logits: Tensor, targets: Tensor, *, rows: Tensor | None = None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each completion, and the number of tokens summed.
 
     Sum and count come from one mask, so that a mean can never disagree with its sum.
 
     Args:
-        logits: [B, T, V], any float dtype; the log-softmax is taken in float32 (float64 stays float64).
-        labels: [B, T], token ids, with IGNORE_INDEX on prompt and padding.
+        logits: [R, K, V], any float dtype; normalised in float32 (float64 stays float64).
+        targets: [S, C], token ids, IGNORE_INDEX behind the end of a completion.
+        rows: [S, 1], the row of logits that each completion reads; places: [S, C], which of the K positions predicts
+            each target. Without them logits[s, c] predicts targets[s, c].
 
     Returns:
-        (logps [B] float64, nats: sums of 2,000 tokens in float32 would cost DPO's first loss its fifth digit;
-        tokens [B] int64).
+        (sums [S] float64, nats: adding 2,000 tokens in float32 would cost DPO's first loss its fifth digit;
+        tokens [S] int64).
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
-    targets = labels[:, 1:]
-    scores = logits[:, :-1].transpose(1, 2)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    nll = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    return -nll.double().sum(dim=-1), (targets != IGNORE_INDEX).sum(dim=-1)
+    if rows is None or places is None:
+        rows = torch.arange(len(targets), device=targets.device)[:, None]
+        places = torch.arange(targets.shape[1], device=targets.device)
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    mask = targets != IGNORE_INDEX
+    logps = scores[rows, places, targets.clamp(min=0)] - scores.logsumexp(dim=-1)[rows, places]
+    return logps.double().masked_fill(~mask, 0.0).sum(dim=-1), mask.sum(dim=-1)

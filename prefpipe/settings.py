@@ -115,6 +115,8 @@ class TrainingConfig:
     micro_batch_size: pairs per forward pass. max_steps: overrides num_epochs.
     max_tokens: prompt and completion together; max_prompt_tokens: the prompt is cut at its start to this when the whole
         is too long. on_too_long: "truncate", or "drop" (counted).
+    batching: "padded" runs chosen and rejected as rows of their own, "shared" computes a pair's prompt once for both
+        (the same numbers, less work); "auto" shares where the model's attention takes a mask and a check agrees.
     save_every_steps: a resumable checkpoint each so many steps; null saves only at the end.
     """
 
@@ -131,6 +133,7 @@ class TrainingConfig:
     max_tokens: int = 2048
     max_prompt_tokens: int = 1536
     on_too_long: str = "truncate"
+    batching: str = "auto"
     save_every_steps: int | None = None
     gradient_checkpointing: bool = False
 
@@ -138,6 +141,7 @@ class TrainingConfig:
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("training.schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("training.on_too_long", self.on_too_long, ("truncate", "drop"))
+        check_choice("training.batching", self.batching, ("auto", "padded", "shared"))
         for key in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be above 0")

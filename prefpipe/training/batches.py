@@ -35,14 +35,30 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded token ids of S sequences: all chosen ones, then all rejected ones.
+    """R rows of token ids that hold S completions, and where the logits that predict them stand.
 
-    input_ids: [S, T] int64. labels: [S, T], IGNORE_INDEX on prompt and padding.
-    Causal attention from right-padded rows needs no mask: no real token can see the padding behind it.
+    Letters: T columns, K of them with logits, C the longest completion. The S completions are all chosen ones, then all
+    rejected ones (for SFT chosen ones only).
+
+    input_ids: [R, T] int64.
+    position_ids: [R, T]; None where they count from 0 at each row's start.
+    mask: [R, 1, T, T] bool, True where a query (third axis) may look; None where plain causal attention does.
+    columns: [K] int64, the columns whose logits are needed; no others are computed.
+    rows: [S, 1] int64, the row of each completion. places: [S, C] int64, which of the K predicts each token.
+    targets: [S, C] int64, the token, IGNORE_INDEX behind the end of a completion.
     """
 
     input_ids: Tensor
-    labels: Tensor
+    position_ids: Tensor | None
+    mask: Tensor | None
+    columns: Tensor
+    rows: Tensor
+    places: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def encode(
@@ -116,17 +132,78 @@ def micro_batches(examples: Sequence[Example], indices: Sequence[int], size: int
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def collate(examples: Sequence[Example], *, pairwise: bool, device: torch.device) -> Batch:
-    """Pad B examples to a batch of 2 B sequences (B for SFT)."""
-    sequences = [(e.prompt, e.chosen) for e in examples]
+def collate(examples: Sequence[Example], *, pairwise: bool) -> Batch:
+    """One completion to a row, padded on the right: R = S = 2 B rows (B for SFT).
+
+    Causal attention from right-padded rows needs no mask: no real token can see the padding behind it. Logits start at
+    the last token of the shortest prompt.
+    """
+    sides = [(e.prompt, e.chosen) for e in examples]
     if pairwise:
-        sequences += [(e.prompt, e.rejected) for e in examples]
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    labels = np.full((len(sequences), width), IGNORE_INDEX, dtype=np.int64)
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        ids[row, : len(prompt)] = prompt
-        ids[row, len(prompt) : end] = completion
-        labels[row, len(prompt) : end] = completion
-    return Batch(torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device))
+        sides += [(e.prompt, e.rejected) for e in examples]
+    first = min(len(prompt) for prompt, _ in sides) - 1
+    ids = _right_padded([np.concatenate(side) for side in sides], 0)
+    targets = _right_padded([completion for _, completion in sides], IGNORE_INDEX)
+    starts = np.array([[len(prompt) - 1 - first] for prompt, _ in sides])
+    num_columns = ids.shape[1] - 1 - first
+    places = np.minimum(starts + np.arange(targets.shape[1]), num_columns - 1)
+    columns = np.arange(first, first + num_columns)
+    rows = np.arange(len(sides))[:, None]
+    return Batch(torch.from_numpy(ids), None, None, *map(torch.from_numpy, (columns, rows, places, targets)))
+
+
+def collate_shared(examples: Sequence[Example]) -> Batch:
+    """One pair to a row, its prompt computed once: [prompt | chosen | rejected], R = B rows.
+
+    Prompts are padded on the left, so that completions start in the same column of every row and only their columns get
+    logits. Both completions look at the prompt and at themselves, never at each other, and their positions both go on
+    from the prompt's. Padding looks at itself alone, as a softmax over nothing is not a number.
+    """
+    prompt_width = max(len(e.prompt) for e in examples)
+    chosen = _right_padded([e.chosen for e in examples], IGNORE_INDEX)
+    rejected = _right_padded([e.rejected for e in examples], IGNORE_INDEX)
+    prompts = np.full((len(examples), prompt_width), IGNORE_INDEX, dtype=np.int64)
+    for row, example in enumerate(examples):
+        prompts[row, prompt_width - len(example.prompt) :] = example.prompt
+    ids = np.concatenate([prompts, chosen, rejected], axis=1)
+    real = ids != IGNORE_INDEX
+    part = np.repeat([0, 1, 2], [prompt_width, chosen.shape[1], rejected.shape[1]])
+
+    causal = np.tril(np.ones((len(part), len(part)), dtype=bool))
+    visible = causal & ((part[:, None] == part[None, :]) | (part[None, :] == 0))
+    mask = visible[None] & real[:, None, :] & real[:, :, None] | np.eye(len(part), dtype=bool)[None]
+    prompt_lengths = np.array([[len(e.prompt)] for e in examples])
+    positions = np.concatenate(
+        [
+            np.maximum(np.arange(prompt_width) - (prompt_width - prompt_lengths), 0),
+            prompt_lengths + np.arange(chosen.shape[1]),
+            prompt_lengths + np.arange(rejected.shape[1]),
+        ],
+        axis=1,
+    )
+    # The prompt's last column predicts the first token of both; a completion's own last column predicts nothing.
+    after_chosen = prompt_width + chosen.shape[1]
+    of_chosen = np.arange(prompt_width - 1, after_chosen - 1)
+    columns = np.concatenate([of_chosen, np.arange(after_chosen, ids.shape[1] - 1)])
+    width = max(chosen.shape[1], rejected.shape[1])
+    places_chosen = np.minimum(np.arange(width), chosen.shape[1] - 1)
+    places_rejected = np.minimum(
+        np.where(np.arange(width) == 0, 0, chosen.shape[1] - 1 + np.arange(width)), len(columns) - 1
+    )
+    places = np.repeat([places_chosen, places_rejected], len(examples), axis=0)
+    targets = np.concatenate([_widened(chosen, width), _widened(rejected, width)])
+    rows = np.tile(np.arange(len(examples)), 2)[:, None]
+    tensors = (np.where(real, ids, 0), positions, mask[:, None], columns, rows, places, targets)
+    return Batch(*map(torch.from_numpy, tensors))
+
+
+def _right_padded(sequences: Sequence[np.ndarray], fill: int) -> np.ndarray:
+    """[S, longest] int64."""
+    padded = np.full((len(sequences), max(map(len, sequences))), fill, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    return padded
+
+
+def _widened(targets: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(targets, ((0, 0), (0, width - targets.shape[1])), constant_values=IGNORE_INDEX)

@@ -25,8 +25,8 @@ from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
 from prefpipe.training import checkpoints
-from prefpipe.training.batches import Example, collate, data_order, encode, micro_batches
-from prefpipe.training.engine import all_logps, batch_logps, select, without_dropout
+from prefpipe.training.batches import Example, data_order, encode, micro_batches
+from prefpipe.training.engine import Engine, choose_engine, select, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def train(job: Job) -> None:
     log.info("training %s on %s in %s", job.policy, device, precision)
 
     policy = _load(job, job.policy, device)
-    reference = _reference_logps(job, policy, examples, accelerator) if loss.needs_reference else None
+    engine = choose_engine(training.batching, policy, examples, device=device, pairwise=loss.pairwise)
+    reference = _reference_logps(job, policy, examples, engine, accelerator) if loss.needs_reference else None
     optimizer = OPTIMIZERS[training.optimizer](policy.parameters(), training)
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -92,9 +93,8 @@ def train(job: Job) -> None:
             rows: list[int] = []
             measured: list[torch.Tensor] = []
             for micro in micro_batches(examples, indices, training.micro_batch_size):
-                batch = collate([examples[i] for i in micro], pairwise=loss.pairwise, device=device)
                 with accelerator.autocast():
-                    logps = batch_logps(model, batch, pairwise=loss.pairwise)
+                    logps = engine.logps(model, [examples[i] for i in micro], pairwise=loss.pairwise)
                 out = loss(logps, None if reference is None else select(reference, micro, device))
                 accelerator.backward(out.loss.sum() / divisor)
                 rows += [examples[i].row for i in micro]
@@ -152,16 +152,17 @@ def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _reference_logps(job: Job, policy: PreTrainedModel, examples: list[Example], accelerator: Accelerator) -> PairLogps:
+def _reference_logps(
+    job: Job, policy: PreTrainedModel, examples: list[Example], engine: Engine, accelerator: Accelerator
+) -> PairLogps:
     """Log-probabilities of the frozen reference, computed once before the first step, so that no second model stays."""
     file = job.work / "reference_logps.safetensors"
     if file.is_file():
         return PairLogps(**load_file(file))
-    device = accelerator.device
-    reference = policy if job.reference == job.policy else _load(job, job.reference, device)
+    reference = policy if job.reference == job.policy else _load(job, job.reference, engine.device)
     reference.eval()
     with accelerator.autocast():
-        logps = all_logps(reference, examples, batch_size=job.training.micro_batch_size, device=device)
+        logps = engine.all_logps(reference, examples, batch_size=job.training.micro_batch_size)
     aside = file.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in logps._asdict().items()}, aside)
     aside.rename(file)

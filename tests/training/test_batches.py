@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +11,7 @@ from prefpipe.logps import IGNORE_INDEX
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair, prompt_id
 from prefpipe.settings import ModelConfig, TrainingConfig
-from prefpipe.training.batches import Example, collate, cut_prompt, data_order, encode, micro_batches
+from prefpipe.training.batches import Example, collate, collate_shared, cut_prompt, data_order, encode, micro_batches
 from prefpipe.training.loop import run_length
 from prefpipe.training.optim import learning_rate
 
@@ -121,11 +120,30 @@ def test_micro_batches_are_a_partition_longest_first():
     assert cut == [[6, 4], [3, 1], [0]]
 
 
-def test_collate_pads_right_and_labels_only_completions():
-    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], pairwise=True, device=torch.device("cpu"))
+def test_collate_puts_one_completion_in_a_row():
+    """Logits start at the last token of the shortest prompt (column 0), and end before the last column."""
+    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], pairwise=True)
     _ = IGNORE_INDEX
     assert batch.input_ids.tolist() == [[1, 2, 1, 2, 3], [1, 1, 0, 0, 0], [1, 2, 1, 0, 0], [1, 1, 2, 0, 0]]
-    assert batch.labels.tolist() == [[_, _, 1, 2, 3], [_, 1, _, _, _], [_, _, 1, _, _], [_, 1, 2, _, _]]
+    assert batch.columns.tolist() == [0, 1, 2, 3]
+    assert batch.targets.tolist() == [[1, 2, 3], [1, _, _], [1, _, _], [1, 2, _]]
+    assert batch.places[:, 0].tolist() == [1, 0, 1, 0]
+    assert batch.mask is None
+
+
+def test_collate_shared_puts_one_pair_in_a_row():
+    batch = collate_shared([example(0, 2, 2, 1), example(1, 1, 1, 2)])
+    assert batch.mask is not None
+    assert batch.position_ids is not None
+    _ = IGNORE_INDEX
+    assert batch.input_ids.tolist() == [[1, 2, 1, 2, 1, 0], [0, 1, 1, 0, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3], [0, 0, 1, 2, 1, 2]]
+    assert batch.columns.tolist() == [1, 2, 4]
+    assert batch.rows.tolist() == [[0], [1], [0], [1]]
+    assert batch.targets.tolist() == [[1, 2], [1, _], [1, _], [1, 2]]
+    assert [row[:n] for row, n in zip(batch.places.tolist(), (2, 1, 1, 2), strict=True)] == [[0, 1], [0], [0], [0, 2]]
+    seen = [[column for column in range(6) if batch.mask[0, 0, query, column]] for query in range(6)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5]]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -104,6 +104,9 @@ def test_accumulation_does_not_change_the_result(tmp_path, tiny_folder, name):
         train(job(tmp_path / str(micro), tiny_folder, COMPONENTS["loss"][name](), training))
         runs[micro] = metrics(tmp_path / str(micro))
     assert len(runs[4]) == 2
+    # Before the first update policy and reference are one model, and which reward is larger is rounding.
+    runs[4][0].pop("train/rewards/accuracy", None)
+    runs[1][0].pop("train/rewards/accuracy", None)
     for whole, cut in zip(runs[4], runs[1], strict=True):
         assert cut == pytest.approx(whole, rel=1e-3, abs=1e-5)
     for key, value in weights(tmp_path / "4").items():
