@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        return self._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
 
 
 def encode(

@@ -15,7 +15,7 @@ from prefpipe.training.batches import Example, collate, collate_shared
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 2e-2
-"""Of log-probabilities in nats, relative and absolute: far above bf16's noise on short rows, far below a wrong mask's."""
+"""Of log-probabilities in nats, relative and absolute: far above bf16's noise, far below what a wrong mask does."""
 
 
 @dataclass(frozen=True)
