@@ -58,7 +58,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return self._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        others = (self.columns, self.rows, self.places, self.targets)
+        moved = (tensor.to(device, non_blocking=True) for tensor in others)
+        return Batch(self.input_ids.to(device, non_blocking=True), positions, mask, *moved)
 
 
 def encode(
