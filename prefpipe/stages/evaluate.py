@@ -58,7 +58,7 @@ class PolicyUnderTest:
         device = models.device_of(self.hardware)
         tokenizer = models.load_tokenizer(self.model, self.folder)
         template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, self.folder))
-        examples, counts = encode(pairs, template, self.training, pairwise=True)
+        examples, counts = encode(pairs, template, self.training, pairwise=True, split=Split.heldout)
         if len(examples) < len(pairs):
             log.warning(
                 "pair accuracy: %d of %d pairs cannot be encoded: %s", len(pairs) - len(examples), len(pairs), counts

@@ -12,7 +12,7 @@ from torch import Tensor
 from prefpipe.errors import DataError
 from prefpipe.logps import IGNORE_INDEX
 from prefpipe.prompts import ChatTemplate, Encoded, TemplateError
-from prefpipe.records import Pair
+from prefpipe.records import Pair, Split
 from prefpipe.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,14 @@ class Batch(NamedTuple):
 
 
 def encode(
-    pairs: Iterable[Pair], template: ChatTemplate, training: TrainingConfig, *, pairwise: bool
+    pairs: Iterable[Pair],
+    template: ChatTemplate,
+    training: TrainingConfig,
+    *,
+    pairwise: bool,
+    split: Split = Split.train,
 ) -> tuple[list[Example], Counter[str]]:
-    """Token ids of every pair, and how many were truncated, dropped or refused, by reason.
+    """Token ids of every pair of one split, and how many were truncated, dropped or refused, by reason.
 
     Raises DataError when nothing is left.
     """
@@ -77,6 +82,9 @@ def encode(
     first_refusal = ""
     for row, pair in enumerate(pairs):
         counts["pairs"] += 1
+        if pair.split != split:
+            counts["other_split"] += 1
+            continue
         try:
             chosen = template.encode(pair.messages, pair.chosen)
             rejected = template.encode(pair.messages, pair.rejected) if pairwise else Encoded(chosen.prompt, [])

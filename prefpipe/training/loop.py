@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Job:
     """What one training run is made of.
 
+    pairs: held-out ones are left out here, whatever was done before.
     policy, reference: folders of weights. work: where the checkpoint is written; a killed run's states lie there.
     """
 
@@ -102,8 +104,7 @@ def train(job: Job) -> None:
                 measured.append(
                     torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
                 )
-            # [5, B]; the only time in a step that the host waits for the device.
-            values = torch.cat(measured, dim=1).cpu()
+            values = torch.cat(measured, dim=1).cpu()  # [5, B]
             _refuse_non_finite(values[0], rows, step)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
             rate = learning_rate(step, num_steps, training)
@@ -127,6 +128,7 @@ def train(job: Job) -> None:
             shown.note(f"loss {row['train/loss']:.4f}")
             shown.update()
             if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
+                os.fsync(metrics_file.fileno())
                 _save_state(work, step + 1, policy, optimizer, accelerator, metrics_bytes=metrics_file.tell())
 
     metrics_file.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefpipe import artifacts
 from prefpipe.config import load_run_config, register_schemas
 from prefpipe.logs import report_errors, set_up_logging
-from prefpipe.records import Pair, Split
+from prefpipe.records import Pair
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         assert run.inputs.reference
         train(
             Job(
-                pairs=(pair for pair in pairs if pair.split == Split.train),
+                pairs=pairs,
                 model=run.model,
                 policy=Path(run.inputs.checkpoint),
                 reference=Path(run.inputs.reference),

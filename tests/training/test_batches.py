@@ -1,5 +1,7 @@
 """Truncation, order and batches: no completion is emptied, no pair is lost or doubled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from prefpipe import models
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.logps import IGNORE_INDEX
 from prefpipe.prompts import ChatTemplate
-from prefpipe.records import Pair, prompt_id
+from prefpipe.records import Pair, Split, prompt_id
 from prefpipe.settings import ModelConfig, TrainingConfig
 from prefpipe.training.batches import Example, collate, collate_shared, cut_prompt, data_order, encode, micro_batches
 from prefpipe.training.loop import run_length
@@ -79,6 +81,13 @@ def test_rows_that_cannot_be_rendered_are_counted_and_all_of_them_refuse(templat
     assert (len(examples), counts["special_token"]) == (1, 1)
     with pytest.raises(DataError, match=r"no pair is left to train on.*special token"):
         encode([bad], template, TrainingConfig(), pairwise=True)
+
+
+def test_heldout_pairs_are_left_out_and_rows_keep_their_number(template):
+    rows = [replace(pair("a", "b", "c"), split=Split.heldout), pair("d", "e", "f")]
+    examples, counts = encode(rows, template, TrainingConfig(), pairwise=True)
+    assert [e.row for e in examples] == [1]
+    assert counts == {"pairs": 2, "other_split": 1}
 
 
 def test_a_prompt_limit_that_leaves_no_room_is_refused():
