@@ -41,6 +41,10 @@ class Layout:
     def round_folder(self) -> Path:
         return self.root / f"round_{self.round}"
 
+    def log_file(self, stage: str) -> Path:
+        """Where a stage's log is kept, over all its attempts."""
+        return self.root / "logs" / f"{stage}-round_{self.round}.log"
+
     def output(self, name: str) -> Path:
         """Where this round's artifact of that name is written."""
         return self.round_folder / name

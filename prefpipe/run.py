@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from prefpipe import artifacts, rounds, tracking
 from prefpipe.config import RunConfig, freeze, to_run_config
 from prefpipe.errors import ArtifactError, ConfigError
+from prefpipe.logs import log_to
 from prefpipe.rounds import BASE, Layout
 from prefpipe.settings import Stage
 
@@ -51,6 +52,7 @@ class Command:
             self._print_plan()
             return
         started = time.time()
+        log_to(at.log_file(run.stage.value))
         log.info("stage=%s exp_name=%s round=%d", run.stage.value, run.exp_name, run.round)
         stages: dict[Stage, Callable[[], None]] = {
             Stage.prepare: self._prepare,
@@ -63,7 +65,11 @@ class Command:
             Stage.report: self._report,
             Stage.loop: self._loop,
         }
-        stages[run.stage]()
+        try:
+            stages[run.stage]()
+        except BaseException as error:
+            log.debug("stage=%s ended: %s: %s", run.stage.value, type(error).__name__, error, exc_info=True)
+            raise
         if run.tracking.mlflow and run.stage in (Stage.train, Stage.evaluate):
             tracking.send_to_mlflow(at.output("checkpoint"), at.output("evals"), run.tracking, self._flat())
         log.info("stage=%s done in %.1f s", run.stage.value, time.time() - started)

@@ -51,7 +51,8 @@ def test_a_tokenizer_without_a_template_is_refused_and_one_can_be_named(tmp_path
     with pytest.raises(ConfigError, match=r"has no chat template .*model\.chat_template"):
         models.load_tokenizer(config(str(bare)), bare)
     tokenizer = models.load_tokenizer(config(str(bare), chat_template="builtin:plain"), bare)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text.endswith("Question: Hi\nAnswer:\n")
     with pytest.raises(ConfigError, match=r"model\.chat_template=nosuch: no such file.*builtin:chatml, builtin:plain"):
         models.load_tokenizer(config(str(bare), chat_template="nosuch"), bare)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from prefpipe import artifacts
 from prefpipe.config import load_run_config, register_schemas
-from prefpipe.logs import report_errors, set_up_logging
+from prefpipe.logs import log_to, report_errors, set_up_logging
 from prefpipe.records import Pair
+from prefpipe.rounds import Layout
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     with report_errors():
         register_schemas()
         run = load_run_config(args.config)
+        log_to(Layout(Path(run.paths.runs) / run.exp_name, run.point, run.round).log_file("train"))
         from prefpipe.training.loop import Job, train
 
         folders = [Path(folder) for folder in run.inputs.pairs]

@@ -33,6 +33,14 @@ def test_every_stage_left_its_artifact(two_rounds):
     assert (two_rounds / "report.html").stat().st_size > 10_000
 
 
+def test_every_stage_left_its_log(two_rounds):
+    names = {file.name for file in (two_rounds / "logs").iterdir()}
+    assert {"loop-round_0.log", "prepare-round_0.log", "generate-round_1.log", "train-round_1.log"} <= names
+    training = (two_rounds / "logs" / "train-round_0.log").read_text()
+    assert "dpo beta=0.1" in training
+    assert "stage=train done" in training
+
+
 def test_manifests_chain(two_rounds):
     links = {"completions": "prompts", "scored": "completions", "pairs": "scored", "checkpoint": "pairs"}
     for round_ in (0, 1):
@@ -101,10 +109,13 @@ def test_the_same_command_again_does_nothing_and_a_change_is_named(cli, tmp_path
     assert len(changed.stderr.strip().splitlines()) <= 3
 
 
-def test_a_stage_without_its_input_says_what_to_run(cli):
+def test_a_stage_without_its_input_says_what_to_run(cli, tmp_path):
     done = cli("stage=pair", check=False)
     assert done.returncode == 1
     assert "run stage=score first" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    (log,) = (tmp_path / "runs" / "default" / "logs").iterdir()
+    assert "Traceback" in log.read_text()
 
 
 def test_a_sweep_over_losses_shares_the_data_and_keeps_points_apart(cli, tmp_path):
