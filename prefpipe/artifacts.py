@@ -263,6 +263,7 @@ class Draft:
         self._lock.release()
 
     def _open(self) -> None:
+        self._refuse_own_output()
         if is_complete(self.work) and _comparable(manifest(self.work)) == self._plan:
             self._move_into_place()
         if is_complete(self.out) and not self.overwrite:
@@ -287,6 +288,15 @@ class Draft:
                 self.notes[int(file.stem)] = note
         if self.notes:
             log.info("%s: going on after %d finished parts", self.out, len(self.notes))
+
+    def _refuse_own_output(self) -> None:
+        """An artifact made of itself would name a parent that is gone, and grow with every repeat."""
+        for name, paths in self.plan.parents.items():
+            if self.out.resolve() in [path.resolve() for path in paths]:
+                raise ArtifactError(
+                    f"inputs.{name}={self.out} is also where stage={self.plan.stage} writes; choose another exp_name, "
+                    f"or a part of this run with a name of its own: point=NAME, for this stage and those after it"
+                )
 
     def _resumable(self) -> bool:
         try:
