@@ -166,5 +166,5 @@ def test_a_source_of_unusual_rows_is_one_function_and_one_yaml(copy, rows_file):
 
 def test_help_lists_what_was_added(copy):
     copy.append("conf/loss/toy.yaml", "defaults:\n  - dpo\n  - _self_\nbeta: 0.05\n")
-    assert "dpo* ipo sft simpo toy" in copy.run("--help")
+    assert {"dpo*", "toy"} <= set(copy.run("--help").split())
     assert "beta: 0.05" in copy.run("loss=toy", "--cfg", "job", "--package", "loss")

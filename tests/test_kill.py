@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import orjson
 import pytest
 
 from prefpipe import artifacts
@@ -28,7 +29,7 @@ def finish(runs: Path) -> None:
 
 
 def contents(runs: Path) -> dict[str, bytes]:
-    """Every file of every artifact but when and where it was made."""
+    """Every file of every artifact but when and where it was made, and the state of the checkout, which may go on."""
     found = {}
     for name in ARTIFACTS:
         folder = runs / "default" / name
@@ -36,6 +37,9 @@ def contents(runs: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.name not in ("provenance.json", "timing.jsonl"):
                 found[f"{name}/{file.relative_to(folder)}"] = file.read_bytes()
+        manifest = orjson.loads(found[f"{name}/manifest.json"])
+        kept = {key: value for key, value in manifest.items() if key not in ("git", "git_dirty")}
+        found[f"{name}/manifest.json"] = orjson.dumps(kept)
     return found
 
 
