@@ -1,5 +1,7 @@
 """Losses as pure functions of log-probabilities. To add one: a class here and conf/loss/<name>.yaml.
 
+A PairLoss (a BetaLoss, if it has a beta) defines `compare` and gets an NLL term; a Loss defines `__call__` itself.
+
 In the formulas, l is a completion's log-probability under the policy, summed over its tokens, r the same under the
 reference, n the number of its tokens, a = l / n, h = l - r; _w marks the chosen, _l the rejected completion, and
 D = h_w - h_l. sigma is the logistic function and ls(x) = -log sigma(x).
@@ -220,6 +222,7 @@ class SimPO(BetaLoss):
             )
         if self.gamma is None:
             self.gamma = 1.0 if self.gamma_beta_ratio is None else self.gamma_beta_ratio * self.beta
+        check("gamma", self.gamma, True, "a margin, 0.3 to 1.6")
         check("alpha", self.alpha, True, "0 for SimPO, or AlphaPO's alpha")
 
     def compare(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
@@ -282,7 +285,8 @@ class RDPO(BetaLoss):
 
     def compare(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
         chosen, rejected = scaled(self.beta, log_ratios(policy, reference))
-        longer = self.alpha * (policy.chosen_tokens - policy.rejected_tokens)
+        # A float times an integer tensor would be float32, whatever the log-probabilities are.
+        longer = self.alpha * (policy.chosen_tokens - policy.rejected_tokens).to(chosen.dtype)
         return LossOutput(-log_sigmoid(chosen - rejected + longer), chosen, rejected)
 
 
@@ -293,8 +297,8 @@ class DPOP(BetaLoss):
 
     loss = ls(beta (D - lambda max(0, r_w - l_w)))
 
-    At the kink, which is where training starts from its own reference, the penalty's gradient is taken as 0: the first
-    step is DPO's.
+    The penalty has its kink where training from its own reference starts. A fall of at most 0.001 nats is therefore
+    none: the first step is DPO's, and rounding does not decide about lambda times its gradient.
 
     beta: as in DPO; 0.1 to 0.3.
     dpop_lambda: the paper's lambda, weight of the penalty, at least 0; 0 is DPO, the paper's value is 50.
@@ -309,8 +313,9 @@ class DPOP(BetaLoss):
         check("dpop_lambda", self.dpop_lambda, self.dpop_lambda >= 0, "at least 0; 0 is DPO")
 
     def compare(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
-        chosen, rejected = scaled(self.beta, log_ratios(policy, reference))
-        penalty = self.dpop_lambda * (-chosen).relu()  # relu, as clamp's gradient at 0 is 1
+        ratios = log_ratios(policy, reference)
+        chosen, rejected = scaled(self.beta, ratios)
+        penalty = self.dpop_lambda * -chosen * (ratios[0] < -1e-3)
         return LossOutput(-log_sigmoid(chosen - rejected - penalty), chosen, rejected)
 
 
@@ -389,12 +394,14 @@ class ChiPO(BetaLoss):
         check("max_log_ratio", self.max_log_ratio, 0 < self.max_log_ratio <= MAX_EXPONENT, f"in (0, {MAX_EXPONENT}]")
 
     def compare(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
-        ratios = log_ratios(policy, reference)
-        chosen, rejected = (self.beta * (h.clamp(max=self.max_log_ratio).exp() + h) for h in ratios)
-        margin = chosen - rejected
+        chosen, rejected = log_ratios(policy, reference)
+        of_chosen, of_rejected = (h.clamp(max=self.max_log_ratio).exp() for h in (chosen, rejected))
+        # Each part by itself: two exponentials at the bound cancel, and would take the digits of h with them.
+        margin = self.beta * ((of_chosen - of_rejected) + (chosen - rejected))
         if self.max_margin is not None:
             margin = margin.clamp(-self.max_margin, self.max_margin)
-        return LossOutput(-log_sigmoid(margin), chosen, rejected)
+        rewards = scaled(self.beta, (of_chosen + chosen, of_rejected + rejected))
+        return LossOutput(-log_sigmoid(margin), *rewards)
 
 
 @register("loss")
@@ -404,8 +411,8 @@ class DiscoPOP(BetaLoss):
 
     loss = (1 - m) ls(x) + m e^-x, x = beta D, m = sigma(x / tau)
 
-    Not convex: at tau=0.05 and policy = reference the slope has the other sign (+0.78 in x), and the margin of a pair
-    first goes down to a minimum near x = -0.1 unless other pairs carry it over the hump.
+    Not convex: at tau=0.05 the slope in x is +0.78 where policy = reference, the other sign. Left to itself, a pair
+    goes down to the minimum at x = -0.12; beyond the hump at x = 0.07 the loss falls as x grows.
 
     beta: as in DPO, 0.01 to 0.1.
     tau: width in x of the change from the one part to the other; the paper's 0.05.

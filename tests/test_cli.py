@@ -21,9 +21,11 @@ from hydra._internal.utils import get_args_parser
 from prefpipe import cli, suggest
 from prefpipe.check import Checker, leaf_keys, point_name
 from prefpipe.cli import main, parse
+from prefpipe.components import COMPONENTS
 from prefpipe.config import CONF_DIR
 from prefpipe.errors import ConfigError
 
+LOSSES = sorted(COMPONENTS["loss"])
 HEAVY = {
     "torch",
     "transformers",
@@ -93,10 +95,10 @@ def refused(result: Result) -> str:
             "gamma belongs to loss=simpo; you chose loss=dpo",
         ),
         ("++los.beta=1", "no such config key: los.beta; nearest: loss.beta"),
-        ("loss=simp", "no such option: loss=simp; nearest: loss=simpo; loss has dpo, ipo, sft, simpo"),
-        ("loss=1", "no such option: loss=1; loss has dpo, ipo, sft, simpo"),
+        ("loss=simp", "no such option: loss=simp; nearest: loss=simpo; loss has " + ", ".join(LOSSES)),
+        ("loss=1", "no such option: loss=1; loss has " + ", ".join(LOSSES)),
         ("loss@beta=1", "no such config key: loss@beta; nearest: loss.beta"),
-        ("los=simpo", "no such config key: los; nearest: loss (a group: dpo ipo sft simpo)"),
+        ("los=simpo", "no such config key: los; nearest: loss (a group: " + " ".join(LOSSES) + ")"),
         ("gamma=1 loss=simpo", "no such config key: gamma; nearest: loss.gamma"),
         ("loss.max_steps=1", "no such config key: loss.max_steps; nearest: training.max_steps"),
         (
@@ -114,7 +116,7 @@ def refused(result: Result) -> str:
         ("seed=null", "seed: field 'seed' is not Optional"),
         ("loss.beta=-1", "loss.beta=-1.0 must be above 0"),
         ("model.path=???", "model.path must be given: model.path=VALUE"),
-        ("~loss", "loss must be given: loss=OPTION, one of dpo, ipo, sft, simpo"),
+        ("~loss", "loss must be given: loss=OPTION, one of " + ", ".join(LOSSES)),
         (
             "loss=dpo,simpo",
             "loss=dpo,simpo gives several values: add -m to sweep over them; a list is written loss=[a,b]",
@@ -204,7 +206,10 @@ def test_a_key_in_a_file_of_the_user_is_refused_with_the_files_name(prefpipe: Pr
         "In 'experiment/wide_margin': no such config key: loss.gamma; gamma belongs to loss=simpo; you chose loss=dpo"
     )
     line = refused(prefpipe(*args, "loss.label_smothing=0"))
-    assert line.endswith("nearest: loss.label_smoothing; label_smoothing belongs to loss=dpo; you chose loss=simpo")
+    assert line.endswith(
+        "nearest: loss.label_smoothing; label_smoothing belongs to loss=dpo, loss=robust or loss=exo; "
+        "you chose loss=simpo"
+    )
     assert "nearest: experiment=wide_margin;" in refused(prefpipe("-cd", "mine", "experiment=wide_margins"))
 
 
@@ -396,7 +401,7 @@ def test_no_heavy_package_is_imported_to_answer(args: list[str], tmp_path: Path)
 
 def test_help_lists_the_groups_and_their_options(prefpipe: Prefpipe) -> None:
     text = prefpipe("--help").out
-    assert "dpo* ipo sft simpo" in text
+    assert " dpo* dpo_norm " in text
     assert "what is minimized over the pairs" in text
     assert "schema" not in text
     assert "job_logging" not in text
@@ -408,7 +413,7 @@ def test_help_lists_options_of_the_user(prefpipe: Prefpipe, tmp_path: Path) -> N
     (tmp_path / "mine" / "loss" / "my_dpo.yaml").write_text(
         "defaults:\n  - /schema/loss@_here_: dpo\n  - _self_\nbeta: 0.7\n"
     )
-    assert "dpo* ipo my_dpo sft simpo" in prefpipe("--help", "--config-dir", "mine").out
+    assert " my_dpo " in prefpipe("--help", "--config-dir", "mine").out
     assert prefpipe("-cd", "mine", "loss=my_dpo", "-c", "job", "-p", "loss.beta").out == "0.7\n"
     assert "nearest: loss=my_dpo" in refused(prefpipe("-cd", "mine", "loss=mydpo"))
 

@@ -13,6 +13,12 @@ from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
 LOSSES = sorted(COMPONENTS["loss"])
 PAIRWISE = [name for name in LOSSES if COMPONENTS["loss"][name].pairwise]
 
+MAY_RISE = {"apo_down": "made to push chosen down where it is above the reference, and rejected further"}
+"""Losses that may rise when chosen becomes likelier, and why; tests/test_losses_oracle.py pins what they do."""
+
+WITHIN_REACH = {"slic": {"delta": 20.0}}
+"""Knobs with which the generic inputs, 10 nats apart, are not past a margin where the loss reads nothing any more."""
+
 
 def logps(chosen: float, rejected: float, chosen_tokens: int = 4, rejected_tokens: int = 2) -> PairLogps:
     values = (torch.tensor([v], dtype=torch.float64) for v in (chosen, rejected))
@@ -116,12 +122,12 @@ def test_needs_reference_is_true_exactly_when_the_reference_is_read(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_pairwise_is_true_exactly_when_the_rejected_side_is_read(name):
-    loss = COMPONENTS["loss"][name]()
+    loss = COMPONENTS["loss"][name](**WITHIN_REACH.get(name, {}))
     first, second = (loss(logps(-10.0, rejected), logps(-11.0, -20.0)).loss for rejected in (-20.0, -21.0))
     assert torch.equal(first, second) is not loss.pairwise
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in MAY_RISE])
 def test_loss_falls_when_chosen_becomes_likelier(name):
     chosen = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
     policy = PairLogps(chosen, torch.tensor([-20.0]), torch.tensor([4]), torch.tensor([2]))
