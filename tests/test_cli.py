@@ -289,7 +289,7 @@ def test_a_points_name_is_a_folder_name_and_unique() -> None:
     hostile = [
         ["model.path=../../x"],
         ["model.path=/x"],
-        ["task=[accuracy,pass_at_k]"],
+        ["recipe.stages=[train,evaluate]"],
         ["model.path='a b'"],
         ["seed=ß"],
     ]

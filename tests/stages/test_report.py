@@ -3,6 +3,7 @@
 import base64
 import re
 import shutil
+import sys
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
@@ -171,15 +172,15 @@ def test_pairs_and_cost(page):
     header, first, second = page.rows["pairs"]
     assert header[:2] == ["round", "pairs"]
     assert (first[1], second[1]) == ("20", "19")
-    assert ["generate", "0", "1.5 s", ""] in page.rows["cost"]
-    assert ["together", "", "1 min 04 s", ""] in page.rows["cost"]
+    assert ["generate", "0", "1.5 s"] in page.rows["cost"]
+    assert ["together", "", "1 min 04 s"] in page.rows["cost"]
 
 
 def test_provenance_names_digests_settings_and_commands(page, hostile):
     text = page.text["provenance"]
     assert digest(hostile / "round_1/checkpoint") in text
     assert "loss:\n  beta: 0.1\n  name: dpo" in text or "loss:\n  name: dpo\n  beta: 0.1" in text
-    assert "pytest" in text  # the command that made the artifacts
+    assert Path(sys.argv[0]).name in text  # the command that made the artifacts
 
 
 def test_warnings_say_what_may_mislead(page):
