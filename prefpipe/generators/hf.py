@@ -66,7 +66,6 @@ class HF(Generator):
         round_: int,
     ) -> Iterator[Completion | Skipped]:
         engine = _engine(_Key(model, folder, hardware))
-        digest = models.weights_digest(folder)
         requests: list[Request] = []
         skipped: dict[int, Skipped] = {}
         for index, prompt in enumerate(prompts):
@@ -101,7 +100,7 @@ class HF(Generator):
                     finish_reason=answer.finish_reason,
                     seed=request_seed(seed, round_, prompt.prompt_id, sample),
                     round=round_,
-                    model=digest,
+                    model=engine.digest,
                 )
 
 
@@ -114,6 +113,7 @@ class Engine:
         self.device = models.device_of(hardware)
         precision = models.precision_of(hardware, self.device)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.digest = models.weights_digest(folder)
         self.tokenizer = models.load_tokenizer(model, folder)
         self.template = ChatTemplate(self.tokenizer, models.stop_token_ids(self.tokenizer, folder))
         self.model: PreTrainedModel = models.load_weights(model, folder, dtype=dtype, device=self.device).eval()
