@@ -60,8 +60,22 @@ def rows_file(tmp_path: Path) -> Callable[..., Path]:
 def test_a_loss_is_one_class_and_one_yaml(copy, rows_file):
     """A hinge of the summed log-probabilities: with one pair its loss is margin - (chosen - rejected), as logged."""
     copy.append(
-        "prefpipe/losses.py",
+        "prefpipe/losses/toy.py",
         '''
+        """A hinge."""
+
+        from __future__ import annotations
+
+        from dataclasses import dataclass
+        from typing import TYPE_CHECKING, ClassVar
+
+        from prefpipe.components import register
+        from prefpipe.losses import Loss, LossOutput, PairScores
+
+        if TYPE_CHECKING:
+            from prefpipe.logps import PairLogps
+
+
         @register("loss")
         @dataclass
         class Toy(Loss):
@@ -71,7 +85,9 @@ def test_a_loss_is_one_class_and_one_yaml(copy, rows_file):
             margin: float = 1.0
             needs_reference: ClassVar[bool] = False
 
-            def __call__(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
+            def __call__(
+                self, policy: PairLogps, reference: PairLogps | None, scores: PairScores | None = None
+            ) -> LossOutput:
                 missing = (self.margin - policy.chosen + policy.rejected).clamp(min=0)
                 return LossOutput(missing, policy.chosen.detach(), policy.rejected.detach())
         ''',

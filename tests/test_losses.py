@@ -8,7 +8,7 @@ import torch
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
-from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
+from prefpipe.losses import DPO, IPO, SFT, SPPO, Loss, PairScores, SimPO
 
 LOSSES = sorted(COMPONENTS["loss"])
 PAIRWISE = [name for name in LOSSES if COMPONENTS["loss"][name].pairwise]
@@ -20,9 +20,34 @@ WITHIN_REACH = {"slic": {"delta": 20.0}}
 """Knobs with which the generic inputs, 10 nats apart, are not past a margin where the loss reads nothing any more."""
 
 
+PARTS = ["token_logps", "collision", "kl"]
+SCORES = PairScores(torch.tensor([2.0]), torch.tensor([0.5]))
+
+
+def whole(chosen: torch.Tensor, rejected: torch.Tensor, chosen_tokens: int = 4, rejected_tokens: int = 2) -> PairLogps:
+    """One pair with every optional part; its collision moves with its log-probabilities, so WPO's weight does not."""
+    return PairLogps(
+        chosen,
+        rejected,
+        torch.tensor([chosen_tokens]),
+        torch.tensor([rejected_tokens]),
+        chosen_token_logps=chosen[:, None] / chosen_tokens * torch.ones(chosen_tokens),
+        rejected_token_logps=rejected[:, None] / rejected_tokens * torch.ones(rejected_tokens),
+        chosen_collision=chosen.detach() + 0.5 * chosen_tokens,
+        rejected_collision=rejected.detach() + 0.25 * rejected_tokens,
+        chosen_kl=torch.tensor([0.5]),
+        rejected_kl=torch.tensor([0.75]),
+    )
+
+
 def logps(chosen: float, rejected: float, chosen_tokens: int = 4, rejected_tokens: int = 2) -> PairLogps:
     values = (torch.tensor([v], dtype=torch.float64) for v in (chosen, rejected))
-    return PairLogps(*values, torch.tensor([chosen_tokens]), torch.tensor([rejected_tokens]))
+    return whole(*values, chosen_tokens, rejected_tokens)
+
+
+def stacked(*pairs: PairLogps) -> PairLogps:
+    """Several pairs of one shape as a batch."""
+    return PairLogps(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
 
 
 def test_dpo_by_hand():
@@ -92,7 +117,8 @@ def test_values_where_policy_equals_reference(beta):
 def test_gradients_where_policy_equals_reference():
     """DPO (-beta/2, +beta/2); IPO -(1/beta) (1/n_w, -1/n_l)."""
     for loss, expected in ((DPO(beta=0.1), (-0.05, 0.05)), (IPO(beta=0.1), (-10 / 4, 10 / 2))):
-        policy = PairLogps(*(t.requires_grad_() if t.is_floating_point() else t for t in logps(-10.0, -20.0)))
+        start = logps(-10.0, -20.0)
+        policy = start._replace(chosen=start.chosen.requires_grad_(), rejected=start.rejected.requires_grad_())
         loss(policy, logps(-10.0, -20.0)).loss.sum().backward()
         assert policy.chosen.grad is not None
         assert policy.rejected.grad is not None
@@ -105,7 +131,7 @@ def test_gradient_is_that_of_finite_differences(name):
     reference = logps(-11.0, -19.0)
 
     def value(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        return loss(PairLogps(chosen, rejected, torch.tensor([4]), torch.tensor([2])), reference).loss
+        return loss(whole(chosen, rejected), reference, SCORES).loss
 
     inputs = tuple(torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (-10.0, -20.0))
     if not loss.pairwise:
@@ -116,31 +142,64 @@ def test_gradient_is_that_of_finite_differences(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_needs_reference_is_true_exactly_when_the_reference_is_read(name):
     loss, policy = COMPONENTS["loss"][name](), logps(-10.0, -20.0)
-    first, second = loss(policy, logps(-12.0, -15.0)), loss(policy, logps(-9.0, -30.0))
+    first, second = loss(policy, logps(-12.0, -15.0), SCORES), loss(policy, logps(-9.0, -30.0), SCORES)
     assert torch.equal(first.loss, second.loss) is not loss.needs_reference
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_pairwise_is_true_exactly_when_the_rejected_side_is_read(name):
     loss = COMPONENTS["loss"][name](**WITHIN_REACH.get(name, {}))
-    first, second = (loss(logps(-10.0, rejected), logps(-11.0, -20.0)).loss for rejected in (-20.0, -21.0))
+    first, second = (loss(logps(-10.0, rejected), logps(-11.0, -20.0), SCORES).loss for rejected in (-20.0, -21.0))
     assert torch.equal(first, second) is not loss.pairwise
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reads_says_exactly_which_optional_parts_are_read(name):
+    loss, policy, reference = COMPONENTS["loss"][name](), logps(-10.0, -20.0), logps(-12.0, -15.0)
+    unread = {f"{side}_{part}": None for side in ("chosen", "rejected") for part in PARTS if part not in loss.reads}
+    plain = loss(policy._replace(**unread), reference._replace(**unread), SCORES).loss
+    assert torch.equal(plain, loss(policy, reference, SCORES).loss)
+    for part in loss.reads:
+        other = policy._replace(**{f"chosen_{part}": getattr(policy, f"chosen_{part}") + 1.0})
+        assert not torch.equal(plain, loss(other, reference, SCORES).loss), part
+    assert loss.reads <= {*PARTS}
+
+
+@pytest.mark.parametrize("loss", [*(cls() for cls in COMPONENTS["loss"].values()), SPPO(labels="scores")])
+def test_needs_scores_is_true_exactly_when_the_scores_are_read(loss):
+    pairs = (logps(-10.0, -20.0), logps(-12.0, -15.0))
+    first, second = (loss(*pairs, SCORES._replace(chosen=torch.tensor([s]))).loss for s in (1.0, 3.0))
+    assert torch.equal(first, second) is not loss.needs_scores
+    if not loss.needs_scores:
+        assert torch.equal(first, loss(*pairs).loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_batch_wise_is_true_exactly_when_another_pair_of_the_batch_is_read(name):
+    loss, scores = COMPONENTS["loss"][name](), PairScores(*(s.expand(3) for s in SCORES))
+    reference = stacked(logps(-11.0, -19.0), logps(-11.0, -18.0), logps(-14.0, -15.0))
+    first, second = (
+        loss(stacked(logps(-10.0, -20.0), logps(third, -17.0), logps(third, -18.0)), reference, scores).loss
+        for third in (-12.5, -3.0)
+    )
+    assert torch.equal(first[:1], second[:1]) is not loss.batch_wise
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in MAY_RISE])
 def test_loss_falls_when_chosen_becomes_likelier(name):
     chosen = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
-    policy = PairLogps(chosen, torch.tensor([-20.0]), torch.tensor([4]), torch.tensor([2]))
-    COMPONENTS["loss"][name]()(policy, logps(-11.0, -20.0)).loss.sum().backward()
+    policy = whole(chosen, torch.tensor([-20.0]))
+    COMPONENTS["loss"][name]()(policy, logps(-11.0, -20.0), SCORES).loss.sum().backward()
     assert chosen.grad is not None
     assert chosen.grad.item() < 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_value_per_pair_and_detached_rewards(name):
-    batch = PairLogps(*(torch.cat([t] * 3) for t in logps(-10.0, -20.0)))
-    policy = batch._replace(chosen=batch.chosen.clone().requires_grad_())
-    out = COMPONENTS["loss"][name]()(policy, batch)
+    batch = stacked(*[logps(-10.0, -20.0)] * 3)
+    chosen = batch.chosen.clone().requires_grad_()
+    policy = batch._replace(chosen=chosen, chosen_token_logps=chosen[:, None] / 4 * torch.ones(4))
+    out = COMPONENTS["loss"][name]()(policy, batch, PairScores(*(s.expand(3) for s in SCORES)))
     assert out.loss.shape == out.chosen_rewards.shape == out.rejected_rewards.shape == (3,)
     assert out.loss.requires_grad
     assert not out.chosen_rewards.requires_grad
@@ -151,7 +210,7 @@ def test_one_value_per_pair_and_detached_rewards(name):
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
 def test_loss_is_finite_for_any_log_probability(name, scale):
     policy, reference = logps(-10.0 * scale, -20.0 * scale), logps(-20.0 * scale, -10.0 * scale)
-    assert torch.isfinite(COMPONENTS["loss"][name]()(policy, reference).loss).all()
+    assert torch.isfinite(COMPONENTS["loss"][name]()(policy, reference, SCORES).loss).all()
 
 
 def test_swapping_the_sides_negates_the_margin():

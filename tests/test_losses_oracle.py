@@ -1,13 +1,13 @@
 """Every pairwise loss against formulas written a second time, in mpmath with 150 digits and without torch.
 
-l, r, n, a, h and D are those of prefpipe/losses.py.
+l, r, n, a, h and D are those of prefpipe/losses/__init__.py, c and k those of WPO and TDPO.
 """
 
 import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mpmath
@@ -21,6 +21,7 @@ from prefpipe.config import CONF_DIR
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.losses import (
+    AOT,
     BCO,
     CPO,
     DPO,
@@ -28,12 +29,19 @@ from prefpipe.losses import (
     EXO,
     FDPO,
     IPO,
+    LDDPO,
     NCA,
     ORPO,
     RDPO,
+    RPO,
     SPPO,
+    TDPO,
+    WPO,
+    AOTUnpaired,
     APODown,
     APOZero,
+    BetaDPO,
+    CalDPO,
     ChiPO,
     DiscoPOP,
     DPONorm,
@@ -41,6 +49,7 @@ from prefpipe.losses import (
     Loss,
     LossOutput,
     PairLoss,
+    PairScores,
     RobustDPO,
     SimPO,
     SLiC,
@@ -52,7 +61,11 @@ PAIRWISE: dict[str, type[PairLoss]] = {name: cls for name, cls in COMPONENTS["lo
 
 
 class Row(NamedTuple):
-    """One pair: summed log-probabilities under policy and reference, and token counts."""
+    """One pair: summed log-probabilities under policy and reference, token counts, and what some losses read.
+
+    c: sums of log sum_v p(v)^2; None is l, with which WPO's weight is 1. k: sums of KL(reference || policy). s: scores.
+    Of a sum over n tokens, the i-th has the share 2 i / (n (n + 1)).
+    """
 
     l_w: Any
     l_l: Any
@@ -60,6 +73,12 @@ class Row(NamedTuple):
     r_l: Any
     n_w: int
     n_l: int
+    c_w: Any = None
+    c_l: Any = None
+    k_w: Any = 0.0
+    k_l: Any = 0.0
+    s_w: Any = 1.5
+    s_l: Any = 0.25
 
 
 def sigma(x):
@@ -158,7 +177,21 @@ def bco(p, k):
 
 
 def sppo(p, k):
-    return (p.l_w - p.r_w - 1 / (2 * k.beta)) ** 2 + (p.l_l - p.r_l + 1 / (2 * k.beta)) ** 2
+    target = ((1 if k.labels == "hard" else sigma(p.s_w - p.s_l)) - mpf(1) / 2) / k.beta
+    return (p.l_w - p.r_w - target) ** 2 + (p.l_l - p.r_l + target) ** 2
+
+
+def cal_dpo(p, k):
+    h_w, h_l = p.l_w - p.r_w, p.l_l - p.r_l
+    return ls(h_w - h_l) + (h_w - 1 / (2 * k.beta)) ** 2 + (h_l + 1 / (2 * k.beta)) ** 2
+
+
+def rpo(p, k):
+    x, y = k.beta * ((p.l_w - p.r_w) - (p.l_l - p.r_l)), k.eta * (p.s_w - p.s_l)
+    if k.distance == "squared":
+        return (x - y) ** 2
+    from_, to = (y, x) if k.distance == "backward_kl" else (x, y)
+    return sum(sigma(z * from_) * (ls(z * to) - ls(z * from_)) for z in (1, -1))
 
 
 def apo_zero(p, k):
@@ -183,13 +216,69 @@ def slic(p, k):
     return max(mpf(0), k.delta - p.l_w + p.l_l)
 
 
-ORACLE: dict[str, Callable[[Row, Any], Any]] = {
+def ld_dpo(p, k):
+    shared = min(p.n_w, p.n_l)
+
+    def weighted(total, n):
+        first, all_ = shared * (shared + 1), n * (n + 1)  # twice the sums of 1 to shared and of 1 to n
+        return total * (first + k.alpha * (all_ - first)) / all_
+
+    base_w, base_l = (weighted(p.r_w, p.n_w), weighted(p.r_l, p.n_l)) if k.reference == "both" else (p.r_w, p.r_l)
+    return ls(k.beta * (weighted(p.l_w, p.n_w) - base_w - weighted(p.l_l, p.n_l) + base_l))
+
+
+# (row, knobs, the same row held) → the loss: what has no gradient is read from the row that is held.
+
+
+def wpo(p, k, held):
+    c_w, c_l = (held.l_w if p.c_w is None else p.c_w), (held.l_l if p.c_l is None else p.c_l)
+    weight = mpmath.exp((held.l_w - c_w) / p.n_w + (held.l_l - c_l) / p.n_l)
+    return min(mpf(1), weight) * ls(k.beta * ((p.l_w - p.r_w) - (p.l_l - p.r_l)))
+
+
+def tdpo(p, k, held):
+    kl = p.k_l - p.k_w if k.version == 1 else k.alpha * (p.k_l - held.k_w)
+    return ls(k.beta * ((p.l_w - p.r_w) - (p.l_l - p.r_l) - kl))
+
+
+# (rows of a batch, knobs, the same rows held) → their losses.
+
+
+def beta_dpo(rows, k, held):
+    margins, ours = ([k.beta * ((p.l_w - p.r_w) - (p.l_l - p.r_l)) for p in batch] for batch in (held, rows))
+    mean = sum(margins) / len(margins)
+    scales = [max(mpf("0.01"), 1 + k.alpha * (m - mean)) for m in margins]
+    count = max(1, math.ceil(float(k.keep_fraction) * len(rows) - 1e-9))
+    furthest = sorted(abs(m - mean) for m in margins)[count - 1]
+    weights = [mpf(abs(m - mean) <= furthest) for m in margins]
+    return [w * len(rows) / sum(weights) * ls(scale * m) for w, scale, m in zip(weights, scales, ours, strict=True)]
+
+
+def smoothed_against_sorted(values, others, k):
+    ordered, sorted_values = sorted(others), sorted(values)
+    differences = [k.beta * (value - ordered[sorted_values.index(value)]) for value in values]
+    return [(1 - k.label_smoothing) * ls(d) + k.label_smoothing * ls(-d) for d in differences]
+
+
+def aot(rows, k, held):
+    return smoothed_against_sorted([p.l_w - p.l_l for p in rows], [p.r_w - p.r_l for p in rows], k)
+
+
+def aot_unpaired(rows, k, held):
+    return smoothed_against_sorted([p.l_w - p.r_w for p in rows], [p.l_l - p.r_l for p in rows], k)
+
+
+OF_ROWS: dict[str, Callable[[Row, Any], Any]] = {
     formula.__name__: formula
     for group in (
-        (dpo, robust, ipo, simpo, dpo_norm, rdpo, dpop, fdpo, chi_po, discopop),
-        (hinge, exo, nca, bco, sppo, apo_zero, apo_down, cpo, orpo, slic),
+        (dpo, robust, ipo, simpo, dpo_norm, rdpo, dpop, fdpo, chi_po, discopop, ld_dpo, rpo),
+        (hinge, exo, nca, bco, sppo, cal_dpo, apo_zero, apo_down, cpo, orpo, slic),
     )
     for formula in group
+}
+OF_HELD_ROWS: dict[str, Callable[[Row, Any, Row], Any]] = {"wpo": wpo, "tdpo": tdpo}
+OF_BATCHES: dict[str, Callable[[list[Row], Any, list[Row]], list[Any]]] = {
+    formula.__name__: formula for formula in (beta_dpo, aot, aot_unpaired)
 }
 
 VARIANTS: list[PairLoss] = [
@@ -216,47 +305,110 @@ VARIANTS: list[PairLoss] = [
     SPPO(beta=0.1),
     SLiC(delta=30.0),
     ORPO(beta=1.0, nll_weight=0.0),
+    SPPO(beta=0.1, labels="scores"),
+    CalDPO(beta=0.1),
+    RPO(distance="forward_kl"),
+    RPO(beta=0.5, eta=0.3, distance="squared"),
+    LDDPO(alpha=0.0),
+    LDDPO(alpha=0.3, reference="policy"),
+    TDPO(version=1),
+    TDPO(alpha=2.0),
+    BetaDPO(alpha=2.0, keep_fraction=0.8),
+    BetaDPO(alpha=0.05),
+    AOT(label_smoothing=0.2),
+    AOTUnpaired(label_smoothing=0.2),
 ]
 IDS = [f"{index}-{loss.describe().replace(' ', ',')}" for index, loss in enumerate(VARIANTS)]
 
 
-def expected_loss(loss: PairLoss, row: Row) -> Any:
-    """In all digits, from the exact values of the floats."""
+def exactly(rows: list[Row]) -> list[Row]:
+    """With the exact values of the floats."""
+    return [Row(*(value if value is None or isinstance(value, int) else mpf(value) for value in row)) for row in rows]
+
+
+def expected_losses(loss: PairLoss, rows: list[Row], held: list[Row] | None = None) -> list[Any]:
+    """In all digits, from the exact values of the floats; what has no gradient is read from the rows held."""
     values = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
     exact = {key: mpf(value) if isinstance(value, float) else value for key, value in values.items()}
     knobs = dataclasses.make_dataclass("Knobs", list(exact))(**exact)
-    exact_row = Row(*(mpf(value) for value in row))
-    return ORACLE[loss.name](exact_row, knobs) - knobs.nll_weight * exact_row.l_w / exact_row.n_w
+    rows, held = exactly(rows), exactly(held or rows)
+    if loss.name in OF_BATCHES:
+        compared = OF_BATCHES[loss.name](rows, knobs, held)
+    elif loss.name in OF_HELD_ROWS:
+        compared = [OF_HELD_ROWS[loss.name](row, knobs, kept) for row, kept in zip(rows, held, strict=True)]
+    else:
+        compared = [OF_ROWS[loss.name](row, knobs) for row in rows]
+    return [value - knobs.nll_weight * row.l_w / row.n_w for value, row in zip(compared, rows, strict=True)]
 
 
-def expected_gradient(loss: PairLoss, row: Row) -> tuple[Any, Any]:
-    """With respect to l_w and l_l, by central differences of 1e-20, which err by 1e-40 times the third derivative."""
+def expected_loss(loss: PairLoss, row: Row) -> Any:
+    """Of one pair."""
+    return expected_losses(loss, [row])[0]
+
+
+def expected_gradient(loss: PairLoss, rows: list[Row], index: int, sides: Sequence[str] = ("l_w", "l_l")) -> list[Any]:
+    """Of the sum of the losses, with respect to parts of one row, by central differences of 1e-20.
+
+    They err by 1e-40 times the third derivative.
+    """
     step = mpf(10) ** -20
+    if loss.name not in OF_BATCHES:
+        rows, index = [rows[index]], 0
 
     def along(side: str) -> Any:
-        here = mpf(getattr(row, side))
-        up, down = (expected_loss(loss, row._replace(**{side: here + shift})) for shift in (step, -step))
-        return (up - down) / (2 * step)
+        def moved(shift: Any) -> Any:
+            row = rows[index]._replace(**{side: mpf(getattr(rows[index], side)) + shift})
+            return sum(expected_losses(loss, [*rows[:index], row, *rows[index + 1 :]], rows))
 
-    return along("l_w"), along("l_l")
+        return (moved(step) - moved(-step)) / (2 * step)
+
+    return [along(side) for side in sides]
 
 
-def tensors(rows: list[Row], dtype: torch.dtype = torch.float64) -> tuple[PairLogps, PairLogps]:
-    """(policy, with gradients, reference), each [B]."""
-    l_w, l_l, r_w, r_l = (torch.tensor([row[i] for row in rows], dtype=dtype) for i in range(4))
-    n_w, n_l = (torch.tensor([row[i] for row in rows]) for i in (4, 5))
-    return PairLogps(l_w.requires_grad_(), l_l.requires_grad_(), n_w, n_l), PairLogps(r_w, r_l, n_w, n_l)
+Leaves = dict[str, torch.Tensor]
+
+
+def tensors(rows: list[Row], dtype: torch.dtype = torch.float64) -> tuple[PairLogps, PairLogps, PairScores, Leaves]:
+    """(policy, reference, scores, what has gradients: l_w, l_l, k_w, k_l), each [B]."""
+    columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
+    columns |= {
+        f"c_{side}": [getattr(row, f"l_{side}") if (c := getattr(row, f"c_{side}")) is None else c for row in rows]
+        for side in "wl"
+    }
+    of = {key: torch.tensor(values, dtype=dtype) for key, values in columns.items() if key not in ("n_w", "n_l")}
+    leaves = {key: of[key].requires_grad_() for key in ("l_w", "l_l", "k_w", "k_l")}
+    n_w, n_l = torch.tensor(columns["n_w"]), torch.tensor(columns["n_l"])
+
+    def tokens(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(1, int(n.max()) + 1)
+        shares = torch.where(place <= n[:, None], 2 * place / (n * (n + 1))[:, None].to(dtype), 0.0)
+        return total[:, None] * shares
+
+    policy = PairLogps(
+        of["l_w"],
+        of["l_l"],
+        n_w,
+        n_l,
+        tokens(of["l_w"], n_w),
+        tokens(of["l_l"], n_l),
+        of["c_w"],
+        of["c_l"],
+        of["k_w"],
+        of["k_l"],
+    )
+    reference = PairLogps(of["r_w"], of["r_l"], n_w, n_l, tokens(of["r_w"], n_w), tokens(of["r_l"], n_l))
+    return policy, reference, PairScores(of["s_w"], of["s_l"]), leaves
 
 
 def evaluated(
-    loss: Loss, rows: list[Row], dtype: torch.dtype = torch.float64
-) -> tuple[LossOutput, list[float], list[tuple[float, float]]]:
-    """(output, losses, gradients with respect to (l_w, l_l))."""
-    policy, reference = tensors(rows, dtype)
-    out = loss(policy, reference)
-    gradients = torch.autograd.grad(out.loss.sum(), (policy.chosen, policy.rejected), allow_unused=True)
-    of_w, of_l = ([0.0] * len(rows) if g is None else g.tolist() for g in gradients)
-    return out, out.loss.tolist(), list(zip(of_w, of_l, strict=True))
+    loss: Loss, rows: list[Row], dtype: torch.dtype = torch.float64, sides: Sequence[str] = ("l_w", "l_l")
+) -> tuple[LossOutput, list[float], list[tuple[float, ...]]]:
+    """(output, losses, gradients with respect to the sides)."""
+    policy, reference, scores, leaves = tensors(rows, dtype)
+    out = loss(policy, reference, scores)
+    gradients = torch.autograd.grad(out.loss.sum(), [leaves[side] for side in sides], allow_unused=True)
+    columns = [[0.0] * len(rows) if g is None else g.tolist() for g in gradients]
+    return out, out.loss.tolist(), list(zip(*columns, strict=True))
 
 
 def grid() -> Iterator[Row]:
@@ -275,38 +427,56 @@ def grid() -> Iterator[Row]:
         yield Row(-2.5, a, -0.5, -3.0, 1, 2)
 
 
-GRID = list(grid())
+def completed(rows: Iterator[Row]) -> Iterator[Row]:
+    """With collisions that make WPO's weight anything from e^-6 to 1, KLs up to half the log-ratios, and scores."""
+    rng = random.Random(1)
+    for row in rows:
+        c_w, c_l = row.l_w + row.n_w * rng.uniform(-1, 3), row.l_l + row.n_l * rng.uniform(-1, 3)
+        k_w, k_l = (rng.uniform(0, 0.5) * abs(h) for h in (row.l_w - row.r_w, row.l_l - row.r_l))
+        yield row._replace(c_w=c_w, c_l=c_l, k_w=k_w, k_l=k_l, s_w=rng.gauss(1, 2), s_l=rng.gauss(0, 2))
 
 
-def assert_close(found: list[float], expected: list[Any], relative: float, conditions: list[Any]) -> None:
+GRID = list(completed(grid()))
+
+
+def assert_close(
+    rows: list[Row], found: list[float], expected: list[Any], relative: float, conditions: list[Any]
+) -> None:
     """Within a relative error, plus what rounding of the inputs alone can do; below 1e-300 float64 ends."""
-    for row, value, exact, condition in zip(GRID, found, expected, conditions, strict=True):
+    for row, value, exact, condition in zip(rows, found, expected, conditions, strict=True):
         allowed = relative * abs(exact) + condition + mpf("1e-300")
         if abs(mpf(value) - exact) > allowed:
-            pytest.fail(f"{row}: {value} is not {mpmath.nstr(exact, 17)}")
+            pytest.fail(f"{row}: {value} is not {mpmath.nstr(exact, 17)}, by {mpmath.nstr(mpf(value) - exact, 3)}")
 
 
-def condition_of(loss: PairLoss, row: Row, gradient: tuple[Any, Any]) -> Any:
+def condition_of(loss: PairLoss, rows: list[Row], index: int, gradient: list[Any]) -> Any:
     """What 1e-15 of the larger of l and r does to a loss, and 1e-15 of the parts where these are of order 1."""
-    g_w, g_l = (abs(g) for g in gradient)
+    row, (g_w, g_l) = rows[index], (abs(g) for g in gradient)
+    if loss.batch_wise:
+        return mpf("4e-15") * (g_w + g_l) * max(-value for other in rows for value in other[:4])
     moved = g_w * max(-row.l_w, -row.r_w) + g_l * max(-row.l_l, -row.r_l)
-    parts = 2 + (abs(row.l_w - row.r_w) + abs(row.l_l - row.r_l)) * 0.1 if loss.name in {"robust", "exo"} else 0
+    difference = abs(row.l_w - row.r_w) + abs(row.l_l - row.r_l)
+    parts = 2 + difference * 0.1 + abs(row.s_w - row.s_l) if loss.name in {"robust", "exo", "rpo"} else 0
     return mpf("1e-15") * (moved + parts)
 
 
 @pytest.mark.parametrize("loss", VARIANTS, ids=IDS)
 def test_values_and_gradients_are_those_of_the_formulas(loss: PairLoss) -> None:
-    _, losses, gradients = evaluated(loss, GRID)
-    exact = [expected_loss(loss, row) for row in GRID]
-    slopes = [expected_gradient(loss, row) for row in GRID]
-    conditions = [condition_of(loss, row, slope) for row, slope in zip(GRID, slopes, strict=True)]
-    assert_close(losses, exact, 1e-12, conditions)
-    for side in (0, 1):
-        assert_close([g[side] for g in gradients], [s[side] for s in slopes], 1e-10, [mpf("1e-14")] * len(GRID))
+    """A loss of batches sees a batch like those of training."""
+    rows = GRID[:24] if loss.batch_wise else GRID
+    sides = ("l_w", "l_l", "k_w", "k_l")[: 4 if loss.name == "tdpo" else 2]
+    _, losses, gradients = evaluated(loss, rows, sides=sides)
+    exact = expected_losses(loss, rows)
+    slopes = [expected_gradient(loss, rows, index, sides) for index in range(len(rows))]
+    conditions = [condition_of(loss, rows, index, slope[:2]) for index, slope in enumerate(slopes)]
+    assert_close(rows, losses, exact, 1e-12, conditions)
+    for side in range(len(sides)):
+        found, wanted = ([of_row[side] for of_row in table] for table in (gradients, slopes))
+        assert_close(rows, found, wanted, 1e-10, [mpf("1e-14")] * len(rows))
 
 
 def test_the_oracle_covers_every_pairwise_loss() -> None:
-    assert sorted(ORACLE) == sorted(PAIRWISE)
+    assert sorted([*OF_ROWS, *OF_HELD_ROWS, *OF_BATCHES]) == sorted(PAIRWISE)
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
@@ -339,11 +509,15 @@ def test_orpo_of_a_token_with_probability_1_minus_1e_9() -> None:
     _, (loss,), (gradient,) = evaluated(ORPO(), [row])
     assert loss == pytest.approx(1.1e-9, rel=1e-7)
     assert loss == pytest.approx(float(expected_loss(ORPO(), row)), rel=1e-12)
-    assert gradient == pytest.approx([float(g) for g in expected_gradient(ORPO(), row)], rel=1e-10)
+    assert gradient == pytest.approx([float(g) for g in expected_gradient(ORPO(), [row], 0)], rel=1e-10)
 
 
 SAME = Row(-10.0, -21.0, -10.0, -21.0, 4, 2)
-"""Policy = reference; means -2.5 and -10.5."""
+"""Policy = reference; means -2.5 and -10.5; the scores are 1.25 apart."""
+
+PREFERRED = 1 / (1 + math.exp(-1.25))
+TILT = PREFERRED - 0.5
+ENTROPY = -PREFERRED * math.log(PREFERRED) - (1 - PREFERRED) * math.log(1 - PREFERRED)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +543,19 @@ SAME = Row(-10.0, -21.0, -10.0, -21.0, 4, 2)
         (FDPO(beta=0.2, divergence="js"), math.log(2), (-0.05, 0.05)),
         (FDPO(beta=0.2, divergence="alpha", alpha=0.3), math.log(2), (-0.1, 0.1)),
         (ChiPO(beta=0.2), math.log(2), (-0.2, 0.2)),
+        (LDDPO(beta=0.2, alpha=0.5), math.log(2), (-0.1 * (0.3 + 0.5 * 0.7), 0.1)),
+        (WPO(beta=0.2), math.log(2), (-0.1, 0.1)),
+        (TDPO(beta=0.2, version=1), math.log(2), (-0.1, 0.1)),
+        (TDPO(beta=0.2), math.log(2), (-0.1, 0.1)),
+        (BetaDPO(beta=0.2), math.log(2), (-0.1, 0.1)),
+        (AOT(beta=0.2), math.log(2), (-0.1, 0.1)),
+        (AOT(beta=0.2, label_smoothing=0.3), math.log(2), (-0.04, 0.04)),
+        (AOTUnpaired(beta=0.2), math.log(2), (-0.1, 0.1)),
+        (CalDPO(beta=0.1), math.log(2) + 50.0, (-10.5, 10.5)),
+        (SPPO(beta=0.2, labels="scores"), 2 * TILT**2 / 0.04, (-2 * TILT / 0.2, 2 * TILT / 0.2)),
+        (RPO(beta=0.2, distance="squared"), 1.25**2, (-2 * 0.2 * 1.25, 2 * 0.2 * 1.25)),
+        (RPO(beta=0.2), math.log(2) - ENTROPY, (-0.2 * TILT, 0.2 * TILT)),
+        (RPO(beta=0.2, distance="forward_kl"), math.log(math.cosh(0.625)), (-0.05 * 1.25, 0.05 * 1.25)),
         (DPO(beta=0.2, nll_weight=0.5), math.log(2) + 0.5 * 2.5, (-0.1 - 0.5 / 4, 0.1)),
     ],
     ids=lambda value: value.describe() if isinstance(value, Loss) else "",
@@ -445,11 +632,140 @@ def same(first: Loss, second: Loss, rows: list[Row] = TRAINING, relative: float 
         RDPO(alpha=0.0),
         FDPO(divergence="reverse_kl"),
         FDPO(divergence="alpha", alpha=1.0),
+        LDDPO(alpha=1.0),
+        LDDPO(alpha=1.0, reference="policy"),
+        TDPO(alpha=0.0),
+        BetaDPO(alpha=0.0),
     ],
     ids=lambda loss: loss.describe(),
 )
 def test_with_its_knob_off_a_loss_is_dpo(loss: Loss) -> None:
     assert same(loss, DPO())
+
+
+def test_wpo_with_weights_of_1_is_dpo_and_without_a_gradient_through_them_a_multiple() -> None:
+    assert same(WPO(), DPO(), [row._replace(c_w=None, c_l=None) for row in TRAINING])
+    weights = [min(1.0, math.exp((r.l_w - r.c_w) / r.n_w + (r.l_l - r.c_l) / r.n_l)) for r in TRAINING]
+    assert 1e-6 < min(weights) < 0.1 < max(weights) == 1
+    (_, losses, slopes), (_, plain, plain_slopes) = evaluated(WPO(), TRAINING), evaluated(DPO(), TRAINING)
+    assert losses == pytest.approx([w * x for w, x in zip(weights, plain, strict=True)], rel=1e-12)
+    for weight, slope, of_dpo in zip(weights, slopes, plain_slopes, strict=True):
+        assert slope == pytest.approx([weight * g for g in of_dpo], rel=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [0.01, 1.0, 10.0])
+def test_wpo_of_a_models_own_logits_has_weights_in_0_to_1(confidence: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = confidence * torch.randn(2, 8, 300, 50, dtype=torch.float64, generator=generator)
+    logps = logits.log_softmax(-1)
+    sampled = torch.multinomial(logps.exp().flatten(0, 2), 1, generator=generator).view(2, 8, 300, 1)
+    sums, collision = logps.gather(-1, sampled).sum((2, 3)), (2 * logps).logsumexp(-1).sum(-1)
+    tokens = torch.full((8,), 300)
+    policy = PairLogps(sums[0], sums[1], tokens, tokens)._replace(
+        chosen_collision=collision[0], rejected_collision=collision[1]
+    )
+    weight = WPO()(policy, policy).loss / math.log(2)
+    assert (weight > 1e-6).all()
+    assert (weight <= 1).all()
+
+
+def test_tdpo_without_kl_is_dpo() -> None:
+    rows = [row._replace(k_w=0.0, k_l=0.0) for row in TRAINING]
+    assert same(TDPO(), DPO(), rows)
+    assert same(TDPO(version=1), DPO(), rows)
+
+
+def test_only_tdpo_1_has_a_gradient_in_the_kl_of_chosen() -> None:
+    for loss, of_chosen in ((TDPO(version=1), True), (TDPO(alpha=1.0), False)):
+        slopes = evaluated(loss, TRAINING, sides=("k_w", "k_l"))[2]
+        assert all(rejected > 0 for _, rejected in slopes)
+        assert all((chosen < 0) is of_chosen for chosen, _ in slopes)
+    assert evaluated(TDPO(version=1), TRAINING)[1] == evaluated(TDPO(alpha=1.0), TRAINING)[1]
+
+
+def test_ld_dpo_starts_at_ln_2_at_any_alpha_only_with_the_reference_weighted() -> None:
+    start = [row._replace(l_w=row.r_w, l_l=row.r_l) for row in TRAINING]
+    for alpha in (0.0, 0.4, 1.0):
+        assert evaluated(LDDPO(alpha=alpha), start)[1] == pytest.approx([math.log(2)] * len(start), rel=1e-12)
+    longer = [row.n_w != row.n_l for row in start]
+    of_policy = evaluated(LDDPO(alpha=0.4, reference="policy"), start)[1]
+    assert [loss != pytest.approx(math.log(2), abs=1e-9) for loss in of_policy] == longer
+    assert any(longer)
+
+
+def test_ld_dpo_takes_no_notice_of_the_tail_at_alpha_0() -> None:
+    policy, reference, _, _ = tensors([Row(-10.0, -21.0, -12.0, -15.0, 4, 2)])
+    tail = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    other = policy._replace(chosen_token_logps=policy.chosen_token_logps - 3 * tail)
+    for alpha, equal in ((0.0, True), (0.5, False)):
+        assert (
+            torch.equal(LDDPO(alpha=alpha)(policy, reference).loss, LDDPO(alpha=alpha)(other, reference).loss) is equal
+        )
+
+
+def test_rpo_is_0_with_no_gradient_where_the_margin_of_rewards_is_that_of_the_scores() -> None:
+    """beta D = 0.5 x 2 = 1 = 0.25 x 4 = eta (s_w - s_l); it is above 0 on both sides."""
+    at, below, above = (Row(l_w, -5.0, -10.0, -5.0, 4, 2, s_w=5.0, s_l=1.0) for l_w in (-8.0, -8.5, -7.5))
+    for distance in ("squared", "forward_kl", "backward_kl"):
+        _, losses, slopes = evaluated(RPO(beta=0.5, eta=0.25, distance=distance), [at, below, above])
+        assert losses[0] == 0
+        assert slopes[0] == pytest.approx((0, 0), abs=1e-16)
+        assert min(losses[1:]) > 0
+        assert slopes[1][0] < 0 < slopes[2][0]
+
+
+def test_rpo_with_distant_scores_is_dpo() -> None:
+    """Scores far apart are a hard label: KL([1, 0] || [q, 1 - q]) = -log q."""
+    assert same(RPO(), DPO(), [row._replace(s_w=1e4, s_l=0.0) for row in TRAINING])
+
+
+def test_sppo_with_distant_scores_has_hard_labels() -> None:
+    assert same(SPPO(labels="scores"), SPPO(), [row._replace(s_w=1e4, s_l=0.0) for row in TRAINING])
+
+
+def test_cal_dpo_is_sppo_and_dpo_with_beta_1() -> None:
+    parts = zip(*(evaluated(loss, TRAINING)[1] for loss in (SPPO(beta=0.1), DPO(beta=1.0))), strict=True)
+    assert evaluated(CalDPO(beta=0.1), TRAINING)[1] == pytest.approx([a + b for a, b in parts], rel=1e-12)
+
+
+def test_aot_and_beta_dpo_of_a_single_pair_are_dpo() -> None:
+    for row in TRAINING[:8]:
+        for loss in (AOT(), AOTUnpaired(), BetaDPO(), BetaDPO(keep_fraction=0.5)):
+            assert same(loss, DPO(), [row])
+
+
+def test_aot_does_not_know_which_margin_of_the_reference_is_whose() -> None:
+    turned = [row._replace(r_w=other.r_w, r_l=other.r_l) for row, other in zip(TRAINING, TRAINING[::-1], strict=True)]
+    assert evaluated(AOT(), TRAINING)[1] == pytest.approx(evaluated(AOT(), turned)[1], rel=1e-12)
+    assert evaluated(AOTUnpaired(), TRAINING)[1] != pytest.approx(evaluated(AOTUnpaired(), turned)[1], rel=1e-3)
+
+
+def test_unpaired_aot_does_not_know_which_completions_are_a_pair() -> None:
+    turned = [row._replace(l_l=other.l_l, r_l=other.r_l) for row, other in zip(TRAINING, TRAINING[::-1], strict=True)]
+    assert evaluated(AOTUnpaired(), TRAINING)[1] == pytest.approx(evaluated(AOTUnpaired(), turned)[1], rel=1e-12)
+    assert evaluated(AOT(), TRAINING)[1] != pytest.approx(evaluated(AOT(), turned)[1], rel=1e-3)
+
+
+def test_aot_by_hand() -> None:
+    """Margins 3 and -2 of the policy, 4 and 1 of the reference: 3 meets 4, -2 meets 1."""
+    rows = [Row(-2.0, -5.0, -1.0, -2.0, 1, 1), Row(-4.0, -2.0, -1.0, -5.0, 1, 1)]
+    assert evaluated(AOT(beta=1.0), rows)[1] == pytest.approx([math.log1p(math.exp(x)) for x in (1, 3)], rel=1e-12)
+
+
+def test_beta_dpo_by_hand() -> None:
+    """M = 0, 1, 5 with mean 2; alpha 0.4: 1 - 0.8, 1 - 0.4, 1 + 1.2. Half of three are the two nearest to 2."""
+    rows = [Row(m - 10.0, -10.0, -10.0, -10.0, 1, 1) for m in (0.0, 1.0, 5.0)]
+    losses = [math.log1p(math.exp(-x)) for x in (0.2 * 0, 0.6 * 1, 2.2 * 5)]
+    assert evaluated(BetaDPO(beta=1.0, alpha=0.4), rows)[1] == pytest.approx(losses, rel=1e-12)
+    kept = [1.5 * losses[0], 1.5 * losses[1], 0.0]
+    assert evaluated(BetaDPO(beta=1.0, alpha=0.4, keep_fraction=0.5), rows)[1] == pytest.approx(kept, rel=1e-12)
+    steep = [math.log1p(math.exp(-x)) for x in (0.01 * 0, 0.01 * 1, 7 * 5)]
+    assert evaluated(BetaDPO(beta=1.0, alpha=2.0), rows)[1] == pytest.approx(steep, rel=1e-12)
+
+
+def test_beta_dpo_keeps_ties_and_so_the_whole_of_a_batch_where_policy_is_reference() -> None:
+    start = [row._replace(l_w=row.r_w, l_l=row.r_l) for row in TRAINING]
+    assert evaluated(BetaDPO(keep_fraction=0.1), start)[1] == pytest.approx([math.log(2)] * len(start), rel=1e-12)
 
 
 def test_ends_and_limits_of_knobs() -> None:
@@ -501,7 +817,8 @@ def test_ipo_by_sums_takes_no_notice_of_lengths_and_by_means_none_of_repetition(
 
 
 def swapped(row: Row) -> Row:
-    return Row(row.l_l, row.l_w, row.r_l, row.r_w, row.n_l, row.n_w)
+    """Neighbouring fields are the two sides of one thing."""
+    return Row(*(row[i ^ 1] for i in range(len(row))))
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
@@ -512,13 +829,19 @@ def test_swapping_the_sides_swaps_the_rewards(name: str) -> None:
     assert torch.equal(forward.rejected_rewards, backward.chosen_rewards)
 
 
-@pytest.mark.parametrize("loss", [DPO(), DPONorm(), RDPO(), FDPO(), CPO(nll_weight=0.0)], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss",
+    [DPO(), DPONorm(), RDPO(), FDPO(), CPO(nll_weight=0.0), LDDPO(), TDPO(version=1)],
+    ids=lambda loss: loss.name,
+)
 def test_swapping_the_sides_adds_the_margin_to_a_logistic_loss(loss: Loss) -> None:
-    """ls(-x) - ls(x) = x; the margin of R-DPO has its lengths in it."""
+    """ls(-x) - ls(x) = x; the margin of R-DPO has its lengths in it, that of TDPO the KL."""
     out, losses, _ = evaluated(loss, TRAINING)
     margin = out.chosen_rewards - out.rejected_rewards
     if isinstance(loss, RDPO):
         margin = margin + loss.alpha * torch.tensor([float(row.n_w - row.n_l) for row in TRAINING]).double()
+    if isinstance(loss, TDPO):
+        margin = margin - loss.beta * torch.tensor([row.k_l - row.k_w for row in TRAINING], dtype=torch.float64)
     backward = evaluated(loss, [swapped(row) for row in TRAINING])[1]
     assert backward == pytest.approx([x + m for x, m in zip(losses, margin.tolist(), strict=True)], abs=1e-12)
 
@@ -533,15 +856,17 @@ def test_swapping_the_sides_swaps_the_weights_of_cdpo() -> None:
 @pytest.mark.parametrize("name", [name for name, cls in PAIRWISE.items() if cls.needs_reference])
 @pytest.mark.parametrize("side", ["w", "l"])
 def test_a_constant_in_policy_and_reference_changes_nothing(name: str, side: str) -> None:
+    """WPO's collision moves along: the weight is a matter of the policy alone."""
     moved = [
-        row._replace(**{f"l_{side}": getattr(row, f"l_{side}") - 8, f"r_{side}": getattr(row, f"r_{side}") - 8})
-        for row in TRAINING
+        row._replace(**{f"{part}_{side}": getattr(row, f"{part}_{side}") - 8 for part in "lrc"}) for row in TRAINING
     ]
     before, after = (evaluated(PAIRWISE[name](), rows)[1] for rows in (TRAINING, moved))
     assert after == pytest.approx(before, rel=1e-9, abs=1e-12)
 
 
-OF_DIFFERENCES = {"dpo", "robust", "ipo", "simpo", "dpo_norm", "rdpo", "discopop", "hinge", "exo", "cpo", "slic"}
+OF_DIFFERENCES = {"dpo", "robust", "ipo", "simpo", "dpo_norm", "rdpo", "discopop", "hinge", "exo", "cpo", "slic"} | {
+    *("rpo", "ld_dpo", "tdpo", "beta_dpo", "aot")
+}
 """Losses of the difference of the two log-probabilities (or of their means), which is all they see of the policy."""
 
 
@@ -550,17 +875,27 @@ def test_a_constant_in_both_completions_matters_unless_a_loss_is_one_of_differen
     """With equal lengths, where a constant in the sums is one in the means."""
     loss = PAIRWISE[name](nll_weight=0.0)
     rows = [row._replace(n_w=5, n_l=5) for row in TRAINING]
-    moved = [row._replace(l_w=row.l_w - 8, l_l=row.l_l - 8) for row in rows]
+    moved = [row._replace(l_w=row.l_w - 8 - i, l_l=row.l_l - 8 - i) for i, row in enumerate(rows)]
     before, after = (evaluated(loss, r)[1] for r in (rows, moved))
     assert (after == pytest.approx(before, rel=1e-9, abs=1e-12)) is (name in OF_DIFFERENCES)
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", [name for name, cls in PAIRWISE.items() if not cls.batch_wise])
 def test_a_pair_does_not_know_its_batch(name: str) -> None:
     loss, rows = PAIRWISE[name](), TRAINING[:6]
     singly = [evaluated(loss, [row])[1][0] for row in rows]
     assert evaluated(loss, rows)[1] == pytest.approx(singly, rel=1e-14)
-    assert evaluated(loss, rows[::-1])[1] == pytest.approx(singly[::-1], rel=1e-14)
+
+
+@pytest.mark.parametrize("loss", VARIANTS, ids=IDS)
+def test_the_order_of_a_batch_does_not_matter(loss: PairLoss) -> None:
+    order = random.Random(2).sample(range(len(TRAINING)), len(TRAINING))
+    (_, losses, slopes), (_, others, other_slopes) = (
+        evaluated(loss, rows) for rows in (TRAINING, [TRAINING[i] for i in order])
+    )
+    assert others == pytest.approx([losses[i] for i in order], rel=1e-13)
+    for found, i in zip(other_slopes, order, strict=True):
+        assert found == pytest.approx(slopes[i], rel=1e-13, abs=1e-300)
 
 
 # The NLL term.
@@ -574,9 +909,12 @@ def test_the_nll_term_is_the_cross_entropy_per_token_of_each_pair(name: str) -> 
     tokens = [6, 1, 3]
     logps = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     chosen = torch.stack([logps[i, :n].sum() for i, n in enumerate(tokens)])
-    policy = PairLogps(chosen, chosen - 3.0, torch.tensor(tokens), torch.tensor([2, 4, 4]))
+    others = dict.fromkeys(("chosen_collision", "rejected_collision", "chosen_kl", "rejected_kl"), torch.ones(3))
+    parts = {"chosen_token_logps": logps, "rejected_token_logps": logps - 0.5, **others}
+    policy = PairLogps(chosen, chosen - 3.0, torch.tensor(tokens), torch.tensor([2, 4, 4]), **parts)
     reference = policy._replace(chosen=chosen - 0.5)
-    without, with_ = (PAIRWISE[name](nll_weight=weight)(policy, reference) for weight in (0.0, 0.25))
+    scores = PairScores(torch.ones(3), torch.zeros(3))
+    without, with_ = (PAIRWISE[name](nll_weight=weight)(policy, reference, scores) for weight in (0.0, 0.25))
     nll = [torch.nn.functional.cross_entropy(logits[i, :n], labels[i, :n]).item() for i, n in enumerate(tokens)]
     # abs: SPPO's 500,000 of which the term is a small part
     found = ((with_.loss - without.loss) / 0.25).tolist()
@@ -598,14 +936,24 @@ def test_sft_has_no_nll_weight() -> None:
 # Knobs.
 
 SCALED = [name for name in PAIRWISE if name != "slic"]
-CHOICES = {("ipo", "normalize"): ["sum"], ("fdpo", "divergence"): ["reverse_kl", "forward_kl", "alpha"]}
+CHOICES = {
+    ("ipo", "normalize"): ["sum"],
+    ("fdpo", "divergence"): ["reverse_kl", "forward_kl", "alpha"],
+    ("sppo", "labels"): ["scores"],
+    ("rpo", "distance"): ["squared", "forward_kl"],
+    ("ld_dpo", "reference"): ["policy"],
+}
 KNOBS = [
     (name, field.name)
     for name, cls in COMPONENTS["loss"].items()
     for field in dataclasses.fields(cls)
     if field.name != "name"
 ]
-FAR = [Row(-50.0, -20.0, -20.0, -50.0, 9, 4), Row(-30.0, -45.0, -49.0, -41.0, 9, 4), *TRAINING[:8]]
+FAR = [
+    Row(-50.0, -20.0, -20.0, -50.0, 9, 4, k_w=3.0, k_l=7.0),
+    Row(-30.0, -45.0, -49.0, -41.0, 9, 4, k_w=3.0, k_l=7.0),
+    *TRAINING[:8],
+]
 """Pairs with which every knob has something to do: chosen fallen and risen, lengths unequal, log-ratios to 30."""
 
 
@@ -639,6 +987,12 @@ def test_alpha_of_fdpo_is_refused_where_it_would_be_ignored() -> None:
     assert half == evaluated(FDPO(divergence="alpha", alpha=0.5), FAR)[1] != less
 
 
+def test_alpha_of_tdpo_is_refused_where_it_would_be_ignored() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.alpha=0\.3 would be ignored with loss\.version=1; drop it, or use"):
+        TDPO(version=1, alpha=0.3)
+    assert evaluated(TDPO(), FAR)[1] == evaluated(TDPO(alpha=0.5), FAR)[1] != evaluated(TDPO(alpha=0.3), FAR)[1]
+
+
 @pytest.mark.parametrize(
     ("name", "knobs", "message"),
     [
@@ -664,6 +1018,17 @@ def test_alpha_of_fdpo_is_refused_where_it_would_be_ignored() -> None:
         ("bco", {"delta": math.inf}, "loss.delta=inf must be a reward"),
         ("simpo", {"alpha": math.nan}, "loss.alpha=nan must be 0 for SimPO"),
         ("simpo", {"gamma": math.nan}, "loss.gamma=nan must be"),
+        ("sppo", {"labels": "soft"}, "loss.labels=soft must be one of hard, scores"),
+        ("rpo", {"eta": 0.0}, "loss.eta=0.0 must be above 0"),
+        ("rpo", {"distance": "kl"}, "loss.distance=kl must be one of squared, forward_kl, backward_kl"),
+        ("ld_dpo", {"alpha": 1.1}, "loss.alpha=1.1 must be in [0, 1]; 1 is DPO"),
+        ("ld_dpo", {"reference": "none"}, "loss.reference=none must be one of both, policy"),
+        ("tdpo", {"version": 3}, "loss.version=3 must be one of 1, 2"),
+        ("tdpo", {"alpha": -1.0}, "loss.alpha=-1.0 must be at least 0"),
+        ("beta_dpo", {"alpha": -1.0}, "loss.alpha=-1.0 must be at least 0"),
+        ("beta_dpo", {"keep_fraction": 0.0}, "loss.keep_fraction=0.0 must be in (0, 1]; 1 keeps every pair"),
+        ("aot", {"label_smoothing": 0.5}, "loss.label_smoothing=0.5 must be in [0, 0.5)"),
+        ("aot_unpaired", {"label_smoothing": 0.5}, "loss.label_smoothing=0.5 must be in [0, 0.5)"),
     ],
 )
 def test_a_knob_out_of_range_is_refused_by_its_key(name: str, knobs: dict[str, Any], message: str) -> None:
