@@ -115,8 +115,14 @@ class TrainingConfig:
     micro_batch_size: pairs per forward pass. max_steps: overrides num_epochs.
     max_tokens: prompt and completion together; max_prompt_tokens: the prompt is cut at its start to this when the whole
         is too long. on_too_long: "truncate", or "drop" (counted).
-    batching: "padded" runs chosen and rejected as rows of their own, "shared" computes a pair's prompt once for both
-        (the same numbers, less work); "auto" shares where the model's attention takes a mask and a check agrees.
+    batching: "padded" gives each completion a row of its own; "packed" lays all of a micro-batch into one row, without
+        padding; "shared" does so and computes a prompt once for all its completions. The numbers are the same, the work
+        is not; "auto" takes the last of them that a check on the first pairs confirms for this model.
+    head: "plain" holds the logits of all completion tokens until the backward pass; "chunked" never holds more than a
+        tile of them and computes them twice; "auto" is plain up to 1 GiB.
+    reference: "cached" computes the reference's log-probabilities once, for all runs on the same data; "online" keeps
+        it in memory as a second model; "moving" is online and follows the policy (TR-DPO): after every
+        reference_steps steps it moves by reference_alpha towards it. "auto" is cached, or online where a loss needs it.
     save_every_steps: a resumable checkpoint each so many steps; null saves only at the end.
     """
 
@@ -134,6 +140,10 @@ class TrainingConfig:
     max_prompt_tokens: int = 1536
     on_too_long: str = "truncate"
     batching: str = "auto"
+    head: str = "auto"
+    reference: str = "auto"
+    reference_alpha: float | None = None
+    reference_steps: int | None = None
     save_every_steps: int | None = None
     gradient_checkpointing: bool = False
 
@@ -141,7 +151,10 @@ class TrainingConfig:
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("training.schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("training.on_too_long", self.on_too_long, ("truncate", "drop"))
-        check_choice("training.batching", self.batching, ("auto", "padded", "shared"))
+        check_choice("training.batching", self.batching, ("auto", "padded", "packed", "shared"))
+        check_choice("training.head", self.head, ("auto", "plain", "chunked"))
+        check_choice("training.reference", self.reference, ("auto", "cached", "online", "moving"))
+        self._check_moving_reference()
         for key in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be above 0")
@@ -156,6 +169,22 @@ class TrainingConfig:
                 f"training.max_tokens={self.max_tokens}; otherwise nothing of a completion would be left "
                 f"(SimPO issue 35: loss 0, then NaN)"
             )
+
+    def _check_moving_reference(self) -> None:
+        for key, default in (("reference_alpha", 0.6), ("reference_steps", 512)):
+            value = getattr(self, key)
+            if self.reference != "moving":
+                if value is not None:
+                    raise ConfigError(
+                        f"training.{key}={value} would be ignored with training.reference={self.reference}; drop it, "
+                        f"or use training.reference=moving"
+                    )
+            elif value is None:
+                setattr(self, key, default)
+        if self.reference_alpha is not None and not 0 < self.reference_alpha <= 1:
+            raise ConfigError(f"training.reference_alpha={self.reference_alpha} must be in (0, 1]; 1 replaces it")
+        if self.reference_steps is not None and self.reference_steps < 1:
+            raise ConfigError(f"training.reference_steps={self.reference_steps} must be at least 1")
 
 
 @dataclass

@@ -53,7 +53,7 @@ class PolicyUnderTest:
 
         from prefpipe.prompts import ChatTemplate
         from prefpipe.training.batches import encode
-        from prefpipe.training.engine import Engine
+        from prefpipe.training.engine import choose_engine
 
         device = models.device_of(self.hardware)
         tokenizer = models.load_tokenizer(self.model, self.folder)
@@ -64,7 +64,8 @@ class PolicyUnderTest:
                 "pair accuracy: %d of %d pairs cannot be encoded: %s", len(pairs) - len(examples), len(pairs), counts
             )
         weights = models.load_weights(self.model, self.folder, dtype=torch.float32, device=device).eval()
-        logps = Engine(device).all_logps(weights, examples, batch_size=self.training.micro_batch_size)
+        engine = choose_engine(self.training.batching, self.training.head, weights, examples, device=device)
+        logps = engine.all_logps(weights, examples, batch_size=self.training.micro_batch_size)
         columns = (logps.chosen, logps.chosen_tokens, logps.rejected, logps.rejected_tokens)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 

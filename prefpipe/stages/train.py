@@ -45,6 +45,16 @@ def train(
             f"training.micro_batch_size={training.micro_batch_size}; nearest legal values are "
             f"{' and '.join(map(str, legal))}"
         )
+    if loss.batch_wise and training.global_batch_size != training.micro_batch_size:
+        raise ConfigError(
+            f"loss={loss.name} compares the pairs of a batch with each other, so a global batch cannot be cut: set "
+            f"training.micro_batch_size={training.global_batch_size}, as training.global_batch_size"
+        )
+    if "kl" in loss.reads and training.reference == "cached":
+        raise ConfigError(
+            f"loss={loss.name} needs the reference's whole distributions, which training.reference=cached does not "
+            f"hold; use training.reference=online"
+        )
     uses = {
         "loss": loss,
         "training": training,

@@ -1,4 +1,4 @@
-"""From pairs to padded token batches: encoding, truncation, the order of the data, micro-batches."""
+"""From pairs to token batches: encoding, truncation, the order of the data, micro-batches."""
 
 import logging
 from collections import Counter
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prefpipe.errors import DataError
-from prefpipe.logps import IGNORE_INDEX
 from prefpipe.prompts import ChatTemplate, Encoded, TemplateError
 from prefpipe.records import Pair, Split
 from prefpipe.settings import TrainingConfig
+from prefpipe.training.attention import Document
+from prefpipe.training.reference_cache import completion_key
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,16 @@ log = logging.getLogger(__name__)
 class Example(NamedTuple):
     """One pair as token ids; for SFT the rejected side is empty.
 
-    row: its number in the input artifact, for error messages. length: of the longer side, prompt included.
+    row: its number in the input artifact, for error messages. keys: of both sides in the reference cache. scores: of
+    both sides, where they came with the pair. length: of the longer side, prompt included.
     """
 
     row: int
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
+    keys: tuple[bytes, bytes] = (b"", b"")
+    scores: tuple[float, float] | None = None
 
     @property
     def length(self) -> int:
@@ -35,34 +39,31 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """R rows of token ids that hold S completions, and where the logits that predict them stand.
+    """R rows of T token ids that hold S completions of N tokens in all, and which position predicts which token.
 
-    Letters: T columns, K of them with logits, C the longest completion. The S completions are all chosen ones, then all
-    rejected ones (for SFT chosen ones only).
+    The S completions are all chosen ones, then all rejected ones (SFT: chosen ones only).
 
-    input_ids: [R, T] int64.
-    position_ids: [R, T]; None where they count from 0 at each row's start.
-    mask: [R, 1, T, T] bool, True where a query (third axis) may look; None where plain causal attention does.
-    columns: [K] int64, the columns whose logits are needed; no others are computed.
-    rows: [S, 1] int64, the row of each completion. places: [S, C] int64, which of the K predicts each token.
-    targets: [S, C] int64, the token, IGNORE_INDEX behind the end of a completion.
+    input_ids: [R, T] int64. position_ids: [R, T], or None where they count from 0 at each row's start.
+    documents: of the one row, which tokens see which; None where each row is one document, padded on its right.
+    positions: [N] int64, row * T + column of the hidden state that predicts each token.
+    targets: [N] int64, the tokens. sequences: [N] int64, the completion that each belongs to; offsets: [N], its place
+    in there. lengths: [S] int64, tokens of each completion; width: of the longest.
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
-    mask: Tensor | None
-    columns: Tensor
-    rows: Tensor
-    places: Tensor
+    documents: list[Document] | None
+    positions: Tensor
     targets: Tensor
+    sequences: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    width: int
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        others = (self.columns, self.rows, self.places, self.targets)
-        moved = (tensor.to(device, non_blocking=True) for tensor in others)
-        return Batch(self.input_ids.to(device, non_blocking=True), positions, mask, *moved)
+        moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
+        return Batch(*moved)  # type: ignore[arg-type]
 
 
 def encode(
@@ -100,15 +101,20 @@ def encode(
             counts["truncated"] += 1
         prompt = cut_prompt(chosen.prompt, longest, training, keep_first=template.bos is not None)
         room = training.max_tokens - len(prompt)
-        sides = [
-            np.array(ids, dtype=np.int32) for ids in (prompt, chosen.completion[:room], rejected.completion[:room])
-        ]
-        examples.append(Example(row, *sides))
+        shown, *whole = (np.array(ids, np.int32) for ids in (prompt, chosen.completion, rejected.completion))
+        keys = (completion_key(shown, whole[0]), completion_key(shown, whole[1]))
+        examples.append(Example(row, shown, whole[0][:room], whole[1][:room], keys, _scores(pair)))
     if first_refusal:
         log.warning("some rows cannot be rendered; the first is %s", first_refusal)
     if not examples:
         raise DataError(f"no pair is left to train on; of {counts['pairs']}: {dict(counts)}. {first_refusal}".strip())
     return examples, counts
+
+
+def _scores(pair: Pair) -> tuple[float, float] | None:
+    if pair.chosen_score is None or pair.rejected_score is None:
+        return None
+    return pair.chosen_score, pair.rejected_score
 
 
 def cut_prompt(prompt: list[int], longest: int, training: TrainingConfig, *, keep_first: bool) -> list[int]:
@@ -144,78 +150,83 @@ def micro_batches(examples: Sequence[Example], indices: Sequence[int], size: int
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def collate(examples: Sequence[Example], *, pairwise: bool) -> Batch:
-    """One completion to a row, padded on the right: R = S = 2 B rows (B for SFT).
+def collate(examples: Sequence[Example], batching: str, *, pairwise: bool) -> Batch:
+    """The completions of B examples as a batch: S = 2 B (SFT: B).
 
-    Causal attention from right-padded rows needs no mask: no real token can see the padding behind it. Logits start at
-    the last token of the shortest prompt.
+    batching: "padded", "packed" or "shared", as in TrainingConfig.
     """
     sides = [(e.prompt, e.chosen) for e in examples]
     if pairwise:
         sides += [(e.prompt, e.rejected) for e in examples]
-    first = min(len(prompt) for prompt, _ in sides) - 1
-    ids = _right_padded([np.concatenate(side) for side in sides], 0)
-    targets = _right_padded([completion for _, completion in sides], IGNORE_INDEX)
-    starts = np.array([[len(prompt) - 1 - first] for prompt, _ in sides])
-    num_columns = ids.shape[1] - 1 - first
-    places = np.minimum(starts + np.arange(targets.shape[1]), num_columns - 1)
-    columns = np.arange(first, first + num_columns)
-    rows = np.arange(len(sides))[:, None]
-    return Batch(torch.from_numpy(ids), None, None, *map(torch.from_numpy, (columns, rows, places, targets)))
+    return _padded(sides) if batching == "padded" else _packed(sides, shared=batching == "shared")
 
 
-def collate_shared(examples: Sequence[Example]) -> Batch:
-    """One pair to a row, its prompt computed once: [prompt | chosen | rejected], R = B rows.
+def _padded(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    """One completion to a row, padded on the right: causal attention needs no mask, as no token sees what follows."""
+    rows = [np.concatenate(side) for side in sides]
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, sequence in enumerate(rows):
+        ids[row, : len(sequence)] = sequence
+    firsts = [row * ids.shape[1] + len(prompt) - 1 for row, (prompt, _) in enumerate(sides)]
+    positions = [first + np.arange(len(completion)) for first, (_, completion) in zip(firsts, sides, strict=True)]
+    return _batch(ids, None, None, positions, [completion for _, completion in sides])
 
-    Prompts are padded on the left, so that completions start in the same column of every row and only their columns get
-    logits. Both completions look at the prompt and at themselves, never at each other, and their positions both go on
-    from the prompt's. Padding looks at itself alone, as a softmax over nothing is not a number.
+
+def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> Batch:
+    """All completions in one row without padding, each behind its prompt.
+
+    shared: a prompt, and a completion of it, is there once, however many pairs hold it: its first completion follows
+    it, further ones come as documents of their own which see it too.
     """
-    prompt_width = max(len(e.prompt) for e in examples)
-    chosen = _right_padded([e.chosen for e in examples], IGNORE_INDEX)
-    rejected = _right_padded([e.rejected for e in examples], IGNORE_INDEX)
-    prompts = np.full((len(examples), prompt_width), IGNORE_INDEX, dtype=np.int64)
-    for row, example in enumerate(examples):
-        prompts[row, prompt_width - len(example.prompt) :] = example.prompt
-    ids = np.concatenate([prompts, chosen, rejected], axis=1)
-    real = ids != IGNORE_INDEX
-    part = np.repeat([0, 1, 2], [prompt_width, chosen.shape[1], rejected.shape[1]])
+    ids: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    documents: list[Document] = []
+    prompts: dict[bytes, int] = {}
+    seen: dict[tuple[bytes, bytes], np.ndarray] = {}
+    positions = []
+    end = 0
+    for prompt, completion in sides:
+        key = (prompt.tobytes(), completion.tobytes())
+        if not (shared and key in seen):
+            start = prompts.get(key[0]) if shared else None
+            if start is None:
+                prompts[key[0]] = start = end
+                parts, first_place, document = (
+                    [prompt, completion],
+                    0,
+                    Document(end, end + len(prompt) + len(completion)),
+                )
+            else:
+                first_place = len(prompt)
+                parts, document = [completion], Document(end, end + len(completion), start, len(prompt))
+            first = document.end - len(completion)
+            # The prompt's last token predicts the first one, each token of the completion the one after it.
+            seen[key] = np.concatenate([[start + len(prompt) - 1], np.arange(first, document.end - 1)])
+            ids += parts
+            documents.append(document)
+            places.append(first_place + np.arange(document.end - document.start))
+            end = document.end
+        positions.append(seen[key])
+    row = np.concatenate(ids).astype(np.int64)[None]
+    return _batch(row, np.concatenate(places)[None], documents, positions, [completion for _, completion in sides])
 
-    causal = np.tril(np.ones((len(part), len(part)), dtype=bool))
-    visible = causal & ((part[:, None] == part[None, :]) | (part[None, :] == 0))
-    mask = visible[None] & real[:, None, :] & real[:, :, None] | np.eye(len(part), dtype=bool)[None]
-    prompt_lengths = np.array([[len(e.prompt)] for e in examples])
-    positions = np.concatenate(
-        [
-            np.maximum(np.arange(prompt_width) - (prompt_width - prompt_lengths), 0),
-            prompt_lengths + np.arange(chosen.shape[1]),
-            prompt_lengths + np.arange(rejected.shape[1]),
-        ],
-        axis=1,
+
+def _batch(
+    ids: np.ndarray,
+    position_ids: np.ndarray | None,
+    documents: list[Document] | None,
+    positions: Sequence[np.ndarray],
+    completions: Sequence[np.ndarray],
+) -> Batch:
+    lengths = np.array([len(completion) for completion in completions])
+    return Batch(
+        torch.from_numpy(ids),
+        None if position_ids is None else torch.from_numpy(position_ids),
+        documents,
+        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(completions)), lengths)),
+        offsets=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        lengths=torch.from_numpy(lengths),
+        width=int(lengths.max()),
     )
-    # The prompt's last column predicts the first token of both; a completion's own last column predicts nothing.
-    after_chosen = prompt_width + chosen.shape[1]
-    of_chosen = np.arange(prompt_width - 1, after_chosen - 1)
-    columns = np.concatenate([of_chosen, np.arange(after_chosen, ids.shape[1] - 1)])
-    width = max(chosen.shape[1], rejected.shape[1])
-    places_chosen = np.minimum(np.arange(width), chosen.shape[1] - 1)
-    places_rejected = np.minimum(
-        np.where(np.arange(width) == 0, 0, chosen.shape[1] - 1 + np.arange(width)), len(columns) - 1
-    )
-    places = np.repeat([places_chosen, places_rejected], len(examples), axis=0)
-    targets = np.concatenate([_widened(chosen, width), _widened(rejected, width)])
-    rows = np.tile(np.arange(len(examples)), 2)[:, None]
-    tensors = (np.where(real, ids, 0), positions, mask[:, None], columns, rows, places, targets)
-    return Batch(*map(torch.from_numpy, tensors))
-
-
-def _right_padded(sequences: Sequence[np.ndarray], fill: int) -> np.ndarray:
-    """[S, longest] int64."""
-    padded = np.full((len(sequences), max(map(len, sequences))), fill, dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        padded[row, : len(sequence)] = sequence
-    return padded
-
-
-def _widened(targets: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(targets, ((0, 0), (0, width - targets.shape[1])), constant_values=IGNORE_INDEX)

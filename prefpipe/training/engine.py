@@ -1,119 +1,194 @@
-"""Log-probabilities of pairs under a model: what the loop, the reference and the evaluation share."""
+"""Log-probabilities of completions under a model: what the loop, the reference and the evaluation share."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from prefpipe.errors import ConfigError
-from prefpipe.logps import PairLogps, completion_logps
-from prefpipe.training.batches import Example, collate, collate_shared
+from prefpipe.logps import PairLogps
+from prefpipe.training.attention import DOCUMENTS, set_attention
+from prefpipe.training.batches import Batch, Example, collate
+from prefpipe.training.head import Head, TokenLogps, token_kl, token_logps
 
 log = logging.getLogger(__name__)
 
-PROBE_TOLERANCE = 2e-2
-"""Of log-probabilities in nats, relative and absolute: far above bf16's noise, far below what a wrong mask does."""
+PROBE_TOLERANCE = 1e-3
+"""Of log-probabilities in nats, relative and absolute; the weights are float32, whose noise is a hundredth of it."""
+
+NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Engine:
     """How log-probabilities are computed; every choice gives the same numbers.
 
-    shared: whether a pair's prompt is computed once for both completions (prefix sharing).
-    additive_mask: whether the attention kernel adds its mask (eager) instead of reading it as a bool (SDPA).
+    batching: "padded", "packed" or "shared". head: "plain", "chunked" or "auto" (TrainingConfig says what they are).
+    own_logits: take the logits that the model itself gives, of every position: for a head that ours does not reproduce.
     """
 
     device: torch.device
-    shared: bool = False
-    additive_mask: bool = False
+    batching: str = "padded"
+    head: str = "auto"
+    own_logits: bool = False
 
-    def logps(self, model: nn.Module, examples: Sequence[Example], *, pairwise: bool) -> PairLogps:
-        """PairLogps of B examples from one forward pass, [B] each; SFT: rejected = 0 nats of 1 token."""
-        shared = self.shared and pairwise
-        batch = (collate_shared(examples) if shared else collate(examples, pairwise=pairwise)).to(self.device)
-        mask = batch.mask
-        if mask is not None and self.additive_mask:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.columns,
-        ).logits
-        sums, tokens = completion_logps(logits, batch.targets, rows=batch.rows, places=batch.places)
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Give a model the attention that the batching needs."""
+        if self.batching != "padded":
+            set_attention(model, DOCUMENTS)
+
+    def logps(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        *,
+        pairwise: bool,
+        reads: frozenset[str] = NOTHING,
+        reference: nn.Module | None = None,
+    ) -> PairLogps:
+        """PairLogps of B examples from one forward pass; SFT: rejected = 0 nats of 1 token.
+
+        reads: the optional parts wanted, as in Loss.reads; "kl" needs the reference model.
+        """
+        batch = collate(examples, self.batching, pairwise=pairwise).to(self.device)
+        hidden = self._hidden(model, batch)
+        found = self._token_logps(model, hidden, batch, collision="collision" in reads)
+        parts = {"token_logps": _by_sequence(found.logps, batch)} if "token_logps" in reads else {}
+        if found.collision is not None:
+            parts["collision"] = _by_sequence(found.collision, batch).sum(1)
+        if "kl" in reads:
+            assert reference is not None
+            with torch.no_grad():
+                other = self._hidden(reference, batch)
+            kl = token_kl(Head.of(_unwrapped(model)), hidden, Head.of(_unwrapped(reference)), other)
+            parts["kl"] = _by_sequence(kl, batch).sum(1)
+        sums = _by_sequence(found.logps, batch).sum(1)
         if not pairwise:
-            return PairLogps(sums, torch.zeros_like(sums), tokens, torch.ones_like(tokens))
-        (chosen, rejected), (chosen_tokens, rejected_tokens) = sums.chunk(2), tokens.chunk(2)
-        return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+            return PairLogps(sums, torch.zeros_like(sums), batch.lengths, torch.ones_like(batch.lengths))
+        (chosen, rejected), (chosen_tokens, rejected_tokens) = sums.chunk(2), batch.lengths.chunk(2)
+        sides = {f"{side}_{name}": part for name, both in parts.items() for side, part in _sides(both)}
+        return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, **sides)
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[N, H] hidden states that predict the targets; with own_logits [N, V] logits."""
+        inner = _unwrapped(model)
+        documents = {} if batch.documents is None else {"documents": batch.documents}
+        body = inner if self.own_logits else inner.get_decoder()
+        out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **documents)
+        states: Tensor = out.logits if self.own_logits else out.last_hidden_state
+        return states.flatten(0, 1)[batch.positions]
+
+    def _token_logps(self, model: nn.Module, hidden: Tensor, batch: Batch, *, collision: bool) -> TokenLogps:
+        if not self.own_logits:
+            return token_logps(Head.of(_unwrapped(model)), hidden, batch.targets, mode=self.head, collision=collision)
+        return token_logps(Head(nn.Identity()), hidden, batch.targets, mode="plain", collision=collision)
 
     @torch.no_grad()
+    def each_token(self, model: nn.Module, batch: Batch) -> list[np.ndarray]:
+        """Of each of the batch's S completions the log-probability of each token, [C] float32, nats; no gradients."""
+        batch = batch.to(self.device)
+        logps = self._token_logps(model, self._hidden(model, batch), batch, collision=False).logps
+        return np.split(logps.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
+
     def all_logps(
         self, model: nn.Module, examples: Sequence[Example], *, batch_size: int, pairwise: bool = True
     ) -> PairLogps:
-        """PairLogps of every example, [N] each on the CPU, no gradients; similar lengths together, longest first."""
-        order = sorted(range(len(examples)), key=lambda index: (-examples[index].length, index))
-        sums, tokens = (
-            torch.zeros(2, len(examples), dtype=torch.float64),
-            torch.zeros(2, len(examples), dtype=torch.long),
-        )
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            out = self.logps(model, [examples[i] for i in chunk], pairwise=pairwise)
-            sums[:, chunk] = torch.stack([out.chosen, out.rejected]).cpu()
-            tokens[:, chunk] = torch.stack([out.chosen_tokens, out.rejected_tokens]).cpu()
-        return PairLogps(sums[0], sums[1], tokens[0], tokens[1])
+        """PairLogps of every example, [N] each on the CPU, no gradients."""
+        sums = torch.zeros(2, len(examples), dtype=torch.float64)
+        for chunk in in_length_order(examples, batch_size):
+            batch = collate([examples[i] for i in chunk], self.batching, pairwise=pairwise)
+            found = [float(values.sum(dtype=np.float64)) for values in self.each_token(model, batch)]
+            sums[: 1 + pairwise, chunk] = torch.tensor(found, dtype=torch.float64).view(1 + pairwise, -1)
+        tokens = torch.tensor([[len(e.chosen) for e in examples], [len(e.rejected) for e in examples]])
+        return PairLogps(sums[0], sums[1], tokens[0], tokens[1] if pairwise else torch.ones_like(tokens[1]))
+
+
+def in_length_order(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of examples, so many at a time: similar lengths and equal prompts together, longest first."""
+    order = sorted(range(len(examples)), key=lambda i: (-examples[i].length, examples[i].prompt.tobytes(), i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def choose_engine(
-    batching: str, model: PreTrainedModel, examples: Sequence[Example], *, device: torch.device, pairwise: bool
+    batching: str,
+    head: str,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    device: torch.device,
+    pairwise: bool = True,
 ) -> Engine:
-    """The engine of training.batching, tried on the shortest pairs before it is trusted.
+    """The engine of training.batching and training.head, tried on the shortest pairs before it is trusted.
 
-    A family that overlooks our mask (a sliding window, a kernel of its own) would let one completion see the other, and
-    the loss would still look fine. So prefix sharing must reproduce plain batching first: "auto" falls back and says
-    so, "shared" raises ConfigError.
+    A family that overlooks the borders of our documents (a kernel of its own) would let one completion see another, and
+    the loss would still look fine. So each engine must reproduce what the model's own forward pass says of one
+    completion in a row: "auto" takes the first that does, a batching that is asked for by name and fails raises
+    ConfigError. The model's attention is set for the engine that is returned.
     """
-    attention = str(getattr(model.config, "_attn_implementation", ""))
-    plain = Engine(device)
-    if batching == "padded" or not pairwise:
-        return plain
-    shared = Engine(device, shared=True, additive_mask=attention == "eager")
-    reason = _why_not_shared(attention, model, examples, plain, shared)
-    if reason is None:
-        return shared
-    if batching == "shared":
-        raise ConfigError(
-            f"training.batching=shared: {reason}; use training.batching=padded, or another model.attention"
-        )
-    log.info("prompts are not shared: %s", reason)
-    return plain
-
-
-def _why_not_shared(
-    attention: str, model: PreTrainedModel, examples: Sequence[Example], plain: Engine, shared: Engine
-) -> str | None:
-    if attention not in ("sdpa", "eager"):
-        return f"model.attention={attention} takes no mask for each pair"
-    window = getattr(model.config, "sliding_window", None)
-    longest = max(len(e.prompt) + len(e.chosen) + len(e.rejected) for e in examples)
-    if window is not None and longest > window:
-        return f"the model's sliding window of {window} tokens is shorter than the longest pair ({longest})"
     shortest = sorted(examples, key=lambda e: (e.length, e.row))[:2]
-    found, expected = (engine.all_logps(model, shortest, batch_size=2) for engine in (shared, plain))
+    oracle = Engine(device, own_logits=True)
+    expected = oracle.all_logps(model, shortest, batch_size=1, pairwise=pairwise)
+    candidates = ["shared", "packed", "padded"] if batching == "auto" else [batching]
+    own_attention = str(model.config._attn_implementation)
+    for candidate in candidates:
+        for engine in (Engine(device, candidate, head), Engine(device, candidate, head, own_logits=True)):
+            reason = _why_not(engine, model, shortest, expected, own_attention, pairwise=pairwise)
+            if reason is None:
+                return engine
+            set_attention(model, own_attention)
+            log.info("batching %s%s: %s", candidate, " with the model's own head" * engine.own_logits, reason)
+    raise ConfigError(f"training.batching={batching}: {reason}; use training.batching=auto, or another model.attention")
+
+
+def _why_not(
+    engine: Engine,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    expected: PairLogps,
+    attention: str,
+    *,
+    pairwise: bool,
+) -> str | None:
+    if engine.batching != "padded" and attention not in ("sdpa", "eager", DOCUMENTS):
+        return f"model.attention={attention} keeps no documents apart in one row"
+    engine.prepare(model)
+    try:
+        found = engine.all_logps(model, examples, batch_size=2, pairwise=pairwise)
+    except (TypeError, ValueError, AttributeError) as error:
+        return f"the model's family cannot ({error})"
     for mine, theirs in ((found.chosen, expected.chosen), (found.rejected, expected.rejected)):
         if not torch.allclose(mine, theirs, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
-            return f"its log-probabilities differ from plain batching ({mine.tolist()} against {theirs.tolist()})"
+            return f"its log-probabilities differ from the model's own ({mine.tolist()} against {theirs.tolist()})"
     return None
 
 
-def select(logps: PairLogps, indices: Sequence[int], device: torch.device) -> PairLogps:
-    """Some rows of a PairLogps, on a device."""
-    rows = torch.tensor(indices)
-    return PairLogps(*(tensor[rows].to(device) for tensor in logps))
+def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """[N] values of tokens as [S, C] float64, 0 behind each completion's end.
+
+    float64: adding 2,000 tokens in float32 would cost DPO's first loss its fifth digit.
+    """
+    table = values.new_zeros(len(batch.lengths), batch.width, dtype=torch.float64)
+    return table.index_put((batch.sequences, batch.offsets), values.double())
+
+
+def _sides(both: Tensor) -> list[tuple[str, Tensor]]:
+    chosen, rejected = both.chunk(2)
+    return [("chosen", chosen), ("rejected", rejected)]
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside what accelerate or peft put around it."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()  # type: ignore[operator]
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
 def without_dropout(model: PreTrainedModel) -> None:

@@ -13,22 +13,24 @@ from typing import Any
 import orjson
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from prefpipe import models
 from prefpipe.errors import DataError
 from prefpipe.files import write_json
-from prefpipe.logps import PairLogps
-from prefpipe.losses import Loss
+from prefpipe.losses import Loss, PairScores
 from prefpipe.progress import progress
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
 from prefpipe.training import checkpoints
+from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
-from prefpipe.training.engine import Engine, choose_engine, select, without_dropout
+from prefpipe.training.engine import Engine, choose_engine, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
+from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, second_model
+from prefpipe.training.reference_cache import ReferenceCache
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Job:
     hardware: HardwareConfig
     seed: int
     work: Path
+    cache: Path
 
 
 def train(job: Job) -> None:
@@ -74,15 +77,20 @@ def train(job: Job) -> None:
     log.info("training %s on %s in %s", job.policy, device, precision)
 
     policy = _load(job, job.policy, device)
-    engine = choose_engine(training.batching, policy, examples, device=device, pairwise=loss.pairwise)
-    reference = _reference_logps(job, policy, examples, engine, accelerator) if loss.needs_reference else None
+    own_attention = str(policy.config._attn_implementation)
+    engine = choose_engine(training.batching, training.head, policy, examples, device=device, pairwise=loss.pairwise)
+    log.info("log-probabilities: batching %s, head %s", engine.batching, engine.head)
+    reference = _reference(job, policy, examples, engine, accelerator) if loss.needs_reference else None
     optimizer = OPTIMIZERS[training.optimizer](policy.parameters(), training)
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
     model, optimizer = accelerator.prepare(policy, optimizer)
 
-    first_step = _resume(work, policy, optimizer, accelerator)
+    # What a state holds: a moving reference too.
+    moving = second_model(reference) if training.reference == "moving" else None
+    stateful = policy if moving is None else nn.ModuleDict({"policy": policy, "reference": moving})
+    first_step = _resume(work, stateful, optimizer, accelerator)
     order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
     metrics_file = (work / "metrics.jsonl").open("ab")
     timing_file = (work / "timing.jsonl").open("ab")
@@ -95,9 +103,13 @@ def train(job: Job) -> None:
             rows: list[int] = []
             measured: list[torch.Tensor] = []
             for micro in micro_batches(examples, indices, training.micro_batch_size):
+                batch = [examples[i] for i in micro]
                 with accelerator.autocast():
-                    logps = engine.logps(model, [examples[i] for i in micro], pairwise=loss.pairwise)
-                out = loss(logps, None if reference is None else select(reference, micro, device))
+                    frozen = None if reference is None else reference.logps(micro, loss.reads)
+                    logps = engine.logps(
+                        model, batch, pairwise=loss.pairwise, reads=loss.reads, reference=second_model(reference)
+                    )
+                out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
                 accelerator.backward(out.loss.sum() / divisor)
                 rows += [examples[i].row for i in micro]
                 rewards = (out.chosen_rewards.double(), out.rejected_rewards.double())
@@ -112,6 +124,8 @@ def train(job: Job) -> None:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
+            if reference is not None:
+                reference.follow(policy, step + 1)
 
             epoch = (step * training.global_batch_size + len(indices)) / len(examples)
             row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
@@ -129,10 +143,11 @@ def train(job: Job) -> None:
             shown.update()
             if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
                 os.fsync(metrics_file.fileno())
-                _save_state(work, step + 1, policy, optimizer, accelerator, metrics_bytes=metrics_file.tell())
+                _save_state(work, step + 1, stateful, optimizer, accelerator, metrics_bytes=metrics_file.tell())
 
     metrics_file.close()
     timing_file.close()
+    set_attention(policy, own_attention)
     # The config of the checkpoint is that of the policy it started from, dropout rates included.
     policy.config = type(policy.config).from_pretrained(job.policy)
     policy.save_pretrained(work)
@@ -154,21 +169,43 @@ def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _reference_logps(
+def _reference(
     job: Job, policy: PreTrainedModel, examples: list[Example], engine: Engine, accelerator: Accelerator
-) -> PairLogps:
-    """Log-probabilities of the frozen reference, computed once before the first step, so that no second model stays."""
-    file = job.work / "reference_logps.safetensors"
-    if file.is_file():
-        return PairLogps(**load_file(file))
-    reference = policy if job.reference == job.policy else _load(job, job.reference, engine.device)
-    reference.eval()
+) -> Reference:
+    training = job.training
+    if training.reference in ("online", "moving") or "kl" in job.loss.reads:
+        second = _load(job, job.reference, engine.device)
+        engine.prepare(second)
+        alpha, every = training.reference_alpha or 0.0, training.reference_steps or 1
+        return OnlineReference(second, examples, engine, alpha=alpha, every=every)
+    model = policy if job.reference == job.policy else _load(job, job.reference, engine.device)
+    engine.prepare(model)
+    model.eval()
+    precision = models.precision_of(job.hardware, engine.device)
+    cache = ReferenceCache(
+        job.cache / "reference_logps", weights=models.weights_digest(job.reference), precision=precision
+    )
     with accelerator.autocast():
-        logps = engine.all_logps(reference, examples, batch_size=job.training.micro_batch_size)
-    aside = file.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in logps._asdict().items()}, aside)
-    aside.rename(file)
-    return logps
+        values = cached_values(
+            model,
+            examples,
+            engine,
+            cache=cache,
+            batch_size=training.micro_batch_size,
+            snapshot=job.work / "reference_logps.safetensors",
+        )
+    return CachedReference(values, engine.device)
+
+
+def _scores(batch: list[Example], device: torch.device) -> PairScores:
+    for example in batch:
+        if example.scores is None:
+            raise DataError(
+                f"row {example.row} of inputs.pairs has no scores, and the loss needs them; score and pair the "
+                f"completions, or use data whose pairs carry chosen_score and rejected_score"
+            )
+    chosen, rejected = torch.tensor([e.scores for e in batch], dtype=torch.float64, device=device).unbind(1)
+    return PairScores(chosen, rejected)
 
 
 def _metrics(values: torch.Tensor, divisor: int, *, pairwise: bool) -> dict[str, float]:
@@ -196,15 +233,15 @@ def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
 
 
 def _save_state(
-    work: Path, step: int, policy: PreTrainedModel, optimizer: Any, accelerator: Accelerator, *, metrics_bytes: int
+    work: Path, step: int, model: nn.Module, optimizer: Any, accelerator: Accelerator, *, metrics_bytes: int
 ) -> None:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    checkpoints.save(work / "state", step, policy, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
+    checkpoints.save(work / "state", step, model, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
 
 
-def _resume(work: Path, policy: PreTrainedModel, optimizer: Any, accelerator: Accelerator) -> int:
+def _resume(work: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> int:
     """Restore the newest state; how many steps are done. The logs are cut back to that step."""
-    state = checkpoints.load_newest(work / "state", policy, optimizer)
+    state = checkpoints.load_newest(work / "state", model, optimizer)
     metrics, done = work / "metrics.jsonl", 0
     if state is None:
         metrics.unlink(missing_ok=True)

@@ -40,6 +40,7 @@ def main() -> None:
                 hardware=run.hardware,
                 seed=run.seed,
                 work=args.work,
+                cache=Path(run.paths.cache),
             )
         )
     logging.shutdown()

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from prefpipe import models
 from prefpipe.errors import ConfigError, DataError
-from prefpipe.logps import IGNORE_INDEX
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair, Split, prompt_id
 from prefpipe.settings import ModelConfig, TrainingConfig
-from prefpipe.training.batches import Example, collate, collate_shared, cut_prompt, data_order, encode, micro_batches
+from prefpipe.training.attention import Document
+from prefpipe.training.batches import Example, collate, cut_prompt, data_order, encode, micro_batches
 from prefpipe.training.loop import run_length
 from prefpipe.training.optim import learning_rate
 
@@ -129,30 +129,55 @@ def test_micro_batches_are_a_partition_longest_first():
     assert cut == [[6, 4], [3, 1], [0]]
 
 
-def test_collate_puts_one_completion_in_a_row():
-    """Logits start at the last token of the shortest prompt (column 0), and end before the last column."""
-    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], pairwise=True)
-    _ = IGNORE_INDEX
+def flat(*rows: list[int]) -> list[int]:
+    return [value for row in rows for value in row]
+
+
+def test_padded_puts_one_completion_in_a_row():
+    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], "padded", pairwise=True)
     assert batch.input_ids.tolist() == [[1, 2, 1, 2, 3], [1, 1, 0, 0, 0], [1, 2, 1, 0, 0], [1, 1, 2, 0, 0]]
-    assert batch.columns.tolist() == [0, 1, 2, 3]
-    assert batch.targets.tolist() == [[1, 2, 3], [1, _, _], [1, _, _], [1, 2, _]]
-    assert batch.places[:, 0].tolist() == [1, 0, 1, 0]
-    assert batch.mask is None
+    assert batch.documents is None
+    assert batch.targets.tolist() == flat([1, 2, 3], [1], [1], [1, 2])
+    assert batch.positions.tolist() == flat([1, 2, 3], [5], [11], [15, 16])
+    assert batch.sequences.tolist() == flat([0, 0, 0], [1], [2], [3, 3])
+    assert batch.offsets.tolist() == flat([0, 1, 2], [0], [0], [0, 1])
+    assert (batch.lengths.tolist(), batch.width) == ([3, 1, 1, 2], 3)
 
 
-def test_collate_shared_puts_one_pair_in_a_row():
-    batch = collate_shared([example(0, 2, 2, 1), example(1, 1, 1, 2)])
-    assert batch.mask is not None
-    assert batch.position_ids is not None
-    _ = IGNORE_INDEX
-    assert batch.input_ids.tolist() == [[1, 2, 1, 2, 1, 0], [0, 1, 1, 0, 1, 2]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3], [0, 0, 1, 2, 1, 2]]
-    assert batch.columns.tolist() == [1, 2, 4]
-    assert batch.rows.tolist() == [[0], [1], [0], [1]]
-    assert batch.targets.tolist() == [[1, 2], [1, _], [1, _], [1, 2]]
-    assert [row[:n] for row, n in zip(batch.places.tolist(), (2, 1, 1, 2), strict=True)] == [[0, 1], [0], [0], [0, 2]]
-    seen = [[column for column in range(6) if batch.mask[0, 0, query, column]] for query in range(6)]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5]]
+def test_packed_puts_all_completions_behind_their_prompts_in_one_row():
+    batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], "packed", pairwise=True)
+    assert batch.input_ids.tolist() == [flat([1, 2, 1, 2, 3], [1, 1], [1, 2, 1], [1, 1, 2])]
+    assert batch.position_ids.tolist() == [flat([0, 1, 2, 3, 4], [0, 1], [0, 1, 2], [0, 1, 2])]
+    assert batch.documents == [Document(0, 5), Document(5, 7), Document(7, 10), Document(10, 13)]
+    assert batch.positions.tolist() == flat([1, 2, 3], [5], [8], [10, 11])
+    assert batch.targets.tolist() == flat([1, 2, 3], [1], [1], [1, 2])
+
+
+def test_shared_puts_each_prompt_and_each_completion_there_once():
+    rows = [example(0, 2, 3, 1), example(1, 1, 1, 2), example(2, 2, 1, 4)]
+    batch = collate(rows, "shared", pairwise=True)
+    # [prompt A, chosen 0] [prompt B, chosen 1] [chosen 2 of A, rejected 0 too] [rejected 1 of B] [rejected 2 of A]
+    assert batch.input_ids.tolist() == [flat([1, 2, 1, 2, 3], [1, 1], [1], [1, 2], [1, 2, 3, 4])]
+    assert batch.position_ids.tolist() == [flat([0, 1, 2, 3, 4], [0, 1], [2], [1, 2], [2, 3, 4, 5])]
+    assert batch.documents == [
+        Document(0, 5),
+        Document(5, 7),
+        Document(7, 8, prompt=0, shared=2),
+        Document(8, 10, prompt=5, shared=1),
+        Document(10, 14, prompt=0, shared=2),
+    ]
+    assert batch.positions.tolist() == flat([1, 2, 3], [5], [1], [1], [5, 8], [1, 10, 11, 12])
+    assert batch.targets.tolist() == flat([1, 2, 3], [1], [1], [1], [1, 2], [1, 2, 3, 4])
+    assert batch.sequences.tolist() == flat([0, 0, 0], [1], [2], [3], [4, 4], [5, 5, 5, 5])
+
+
+def test_keys_are_those_of_the_completion_before_it_was_cut(template):
+    whole = TrainingConfig(max_tokens=400, max_prompt_tokens=300)
+    text = [pair("a", "b" * 90, "c")]
+    (long,), _ = encode(text, template, whole, pairwise=True)
+    (cut,), _ = encode(text, template, replace(whole, max_tokens=50, max_prompt_tokens=49), pairwise=True)
+    assert len(cut.chosen) < len(long.chosen)
+    assert cut.keys == long.keys
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

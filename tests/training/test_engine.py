@@ -1,20 +1,35 @@
 """Every way to compute log-probabilities gives the same numbers and gradients, family by family."""
 
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 
-from prefpipe.training.batches import Example
-from prefpipe.training.engine import Engine
+from prefpipe.components import COMPONENTS
+from prefpipe.errors import ConfigError
+from prefpipe.logps import PairLogps
+from prefpipe.losses import PairScores
+from prefpipe.training import attention
+from prefpipe.training.batches import Example, collate
+from prefpipe.training.engine import Engine, choose_engine
+from prefpipe.training.head import Head
+from prefpipe.training.reference import CachedReference, OnlineReference, Reference
 
 COMMON = {
     "vocab_size": 61,
@@ -30,129 +45,312 @@ FAMILIES = {
     "llama_tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**COMMON),
     "qwen3": Qwen3Config(**COMMON, head_dim=8),
-    "mistral": MistralConfig(**COMMON, sliding_window=None),
+    "mistral": MistralConfig(**COMMON, sliding_window=6),
     "gemma2": Gemma2Config(
-        **COMMON, head_dim=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, sliding_window=256
+        **COMMON, head_dim=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, sliding_window=5
     ),
+    "cohere": CohereConfig(**COMMON, logit_scale=0.3, bos_token_id=1, eos_token_id=2),
+    "granite": GraniteConfig(**COMMON, logits_scaling=3.0),
+    "biased_head": LlamaConfig(**COMMON),
+    "lora_head": LlamaConfig(**COMMON),
+    "frozen_head": LlamaConfig(**COMMON),
 }
 CPU = torch.device("cpu")
-EAGER_TOLERANCE = 1e-6
-"""transformers' eager attention takes its softmax in float32 whatever the model's dtype; so do its norms, which is why
-gradients, summed over other orders, are compared to 1e-5."""
+BATCHINGS = ("padded", "packed", "shared")
+PAIRWISE = {name: cls for name, cls in COMPONENTS["loss"].items() if cls.pairwise}
 
 
-def model(family: str, attention: str = "sdpa") -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention, dtype=torch.float64).eval()
+@pytest.fixture(autouse=True)
+def _everything_in_float64(monkeypatch):
+    """transformers takes eager attention's softmax in float32 whatever the model's dtype; here it stays in float64."""
+    softmax = nn.functional.softmax
+
+    def wide(scores, dim=-1, dtype=None, **kwargs):
+        return softmax(scores, dim=dim, dtype=scores.dtype if scores.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "softmax", wide)
+
+
+def _wide_norm(module: nn.Module) -> None:
+    """So do its norms; the same formula in the dtype of its input."""
+    offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    centred = type(module).__name__.startswith("Cohere")
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden = hidden - hidden.mean(-1, keepdim=True) if centred else hidden
+        return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * (offset + module.weight)
+
+    module.forward = forward
+
+
+def model(family: str, kernel: str = "sdpa", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    kernel = "eager" if family == "gemma2" else kernel
+    net = AutoModelForCausalLM.from_config(
+        copy.deepcopy(FAMILIES[family]), attn_implementation=kernel, dtype=torch.float64
+    ).eval()
+    for module in net.modules():
+        if "Norm" in type(module).__name__:
+            nn.init.normal_(module.weight, 0.0 if "Gemma" in type(module).__name__ else 1.0, 0.1)
+            _wide_norm(module)
+    if family == "biased_head":
+        net.lm_head = nn.Linear(32, 61, dtype=torch.float64)
+    if family == "frozen_head":
+        net.lm_head.requires_grad_(False)
+    if family == "lora_head":
+        net = get_peft_model(net, LoraConfig(r=3, target_modules=["q_proj", "lm_head"], lora_dropout=0.0))
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    return net
 
 
 def examples(seed: int = 0, count: int = 5, longest: int = 12) -> list[Example]:
+    """Pairs of random tokens; the last two share their prompt, and one completion."""
     rng = np.random.default_rng(seed)
     made = []
     for row in range(count):
         sizes = rng.integers(1, longest, 3)
-        made.append(Example(row, *(rng.integers(1, 61, size).astype(np.int32) for size in sizes)))
+        sides = [rng.integers(3, 61, size).astype(np.int32) for size in sizes]
+        scores = tuple(rng.normal(size=2).tolist())
+        made.append(Example(row, *sides, scores=scores))
+    made[-1] = made[-1]._replace(prompt=made[-2].prompt, rejected=made[-2].chosen)
     return made
 
 
-def by_hand(net: PreTrainedModel, rows: list[Example]) -> list[tuple[float, float]]:
-    """One completion at a time, the whole sequence through the model, summed in a loop."""
-    found = []
-    for e in rows:
-        sums = []
-        for completion in (e.chosen, e.rejected):
-            ids = torch.tensor([[*e.prompt.tolist(), *completion.tolist()]])
+def by_hand(net: nn.Module, rows: list[Example], reference: nn.Module | None = None) -> PairLogps:
+    """One completion at a time, its whole sequence through the model, with all logits and a loop over positions."""
+    sums, tables, collisions, kls = [], [], [], []
+    for completion, prompt in [(e.chosen, e.prompt) for e in rows] + [(e.rejected, e.prompt) for e in rows]:
+        ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]])
+        at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+        logps = net(input_ids=ids).logits[0, at].log_softmax(-1)
+        tables.append(torch.stack([logps[i, token] for i, token in enumerate(completion.tolist())]))
+        sums.append(tables[-1].sum())
+        collisions.append(logps.detach().exp().pow(2).sum(-1).log().sum())
+        if reference is not None:
             with torch.no_grad():
-                logps = net(input_ids=ids).logits[0].double().log_softmax(-1)
-            start = len(e.prompt)
-            sums.append(sum(logps[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
-        found.append((sums[0], sums[1]))
-    return found
+                other = reference(input_ids=ids).logits[0, at].log_softmax(-1)
+            kls.append((other.exp() * (other - logps)).sum())
+    table = nn.utils.rnn.pad_sequence(tables, batch_first=True)
+    both = [torch.stack(sums), torch.tensor([len(t) for t in tables]), table, torch.stack(collisions)]
+    both += [torch.stack(kls)] if kls else []
+    (chosen, rejected), (chosen_tokens, rejected_tokens), *others = (part.chunk(2) for part in both)
+    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, *(side for pair in others for side in pair))
 
 
-def engine(shared: bool, attention: str = "sdpa") -> Engine:
-    return Engine(CPU, shared=shared, additive_mask=attention == "eager")
+def prepared(net: nn.Module, engine: Engine) -> nn.Module:
+    engine.prepare(net.get_base_model() if hasattr(net, "get_base_model") else net)
+    return net
 
 
+def reference_of(kind: str, family: str, engine: Engine, rows: list[Example]) -> Reference:
+    net = prepared(model(family, seed=1), engine)
+    if kind == "online":
+        return OnlineReference(net, rows, engine)
+    values = engine.each_token(net, collate(rows, engine.batching, pairwise=True))
+    return CachedReference([values[i + side * len(rows)] for i in range(len(rows)) for side in (0, 1)], CPU)
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in net.parameters() if p.requires_grad and p.grad is not None]
+
+
+def total(name: str, policy: PairLogps, reference: PairLogps, rows: Sequence[Example]) -> Tensor:
+    loss = PAIRWISE[name]()
+    scores = PairScores(*torch.tensor([e.scores for e in rows], dtype=torch.float64).unbind(1))
+    return loss(policy, reference, scores if loss.needs_scores else None).loss.sum()
+
+
+@functools.cache
+def expected(family: str, name: str, reference: str) -> tuple[float, list[Tensor]]:
+    """Loss and gradients from by_hand; a cached reference holds float32."""
+    net, other, rows = model(family), model(family, seed=1), examples()
+    with torch.no_grad():
+        frozen = by_hand(other, rows)
+        if reference == "cached":
+            tables = [frozen.chosen_token_logps.float().double(), frozen.rejected_token_logps.float().double()]
+            frozen = frozen._replace(chosen=tables[0].sum(1), rejected=tables[1].sum(1))
+            frozen = frozen._replace(chosen_token_logps=tables[0], rejected_token_logps=tables[1])
+    loss = total(name, by_hand(net, rows, other), frozen, rows)
+    loss.backward()
+    return loss.item(), gradients(net)
+
+
+@pytest.mark.parametrize("reference", ["online", "cached"])
+@pytest.mark.parametrize("head", ["plain", "chunked"])
+@pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
-def test_logps_are_those_of_one_completion_at_a_time(family, attention, shared):
-    attention = "eager" if family == "gemma2" else attention
-    net, rows = model(family, attention), examples()
-    out = engine(shared, attention).logps(net, rows, pairwise=True)
-    expected = by_hand(net, rows)
-    tolerance = EAGER_TOLERANCE if attention == "eager" else 1e-9
-    assert out.chosen.tolist() == pytest.approx([c for c, _ in expected], abs=tolerance)
-    assert out.rejected.tolist() == pytest.approx([r for _, r in expected], abs=tolerance)
-    assert out.chosen_tokens.tolist() == [len(e.chosen) for e in rows]
-    assert out.rejected_tokens.tolist() == [len(e.rejected) for e in rows]
+def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head, reference, monkeypatch):
+    """loss x batching x head x reference x family, against one completion at a time, in float64.
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_shared_and_padded_are_the_same(family):
-    attention = "eager" if family == "gemma2" else "sdpa"
-    net, rows = model(family, attention), examples(1)
-    weights = torch.linspace(-1, 1, len(rows), dtype=torch.float64)
-    gradients = []
-    for shared in (False, True):
+    Every loss on one family, and on the others those that read something different of the log-probabilities.
+    """
+    monkeypatch.setattr("prefpipe.training.head.TILE_BYTES", 4 * 61 * 16)  # tiles of 16 tokens: several of them
+    engine, rows = Engine(CPU, batching, head), examples()
+    net = prepared(model(family), engine)
+    frozen = reference_of(reference, family, engine, rows)
+    for name in PAIRWISE if family == "llama" else ("dpo", "ipo", "simpo", "ld_dpo", "wpo", "tdpo"):
+        reads = PAIRWISE[name].reads
+        if "kl" in reads and reference == "cached":
+            continue  # refused: a cache holds no distributions
+        second = frozen.model if isinstance(frozen, OnlineReference) else None
         net.zero_grad()
-        out = engine(shared, attention).logps(net, rows, pairwise=True)
-        (weights * out.chosen + weights.flip(0) * out.rejected).sum().backward()
-        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
-    for padded, shared_ in zip(*gradients, strict=True):
-        assert torch.allclose(padded, shared_, atol=1e-5, rtol=1e-5)
+        policy = engine.logps(net, rows, pairwise=True, reads=reads, reference=second)
+        loss = total(name, policy, frozen.logps(range(len(rows)), reads), rows)
+        loss.backward()
+        value, slopes = expected(family, name, reference)
+        assert loss.item() == pytest.approx(value, rel=1e-10, abs=1e-10), name
+        found = gradients(net)
+        assert len(found) == len(slopes)
+        for mine, theirs in zip(found, slopes, strict=True):
+            # Quadratic losses far from their target: contributions of the size of sqrt(loss) that cancel.
+            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-10 * max(1.0, abs(value) ** 0.5)), name
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
-def test_a_pair_does_not_depend_on_its_neighbours(shared):
-    net, rows = model("llama"), examples(2)
-    together = engine(shared).logps(net, rows, pairwise=True)
-    for i, row in enumerate(rows):
-        alone = engine(shared).logps(net, [row], pairwise=True)
-        assert alone.chosen.item() == pytest.approx(together.chosen[i].item(), abs=1e-10)
-        assert alone.rejected.item() == pytest.approx(together.rejected[i].item(), abs=1e-10)
+@pytest.mark.parametrize("head", ["plain", "chunked"])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_float32_keeps_five_digits(batching, head):
+    engine, rows = Engine(CPU, batching, head), examples(6)
+    value, slopes = None, None
+    exact = model("llama")
+    total("dpo", by_hand(exact, rows), by_hand(model("llama", seed=1), rows), rows).backward()
+    slopes = gradients(exact)
+    net, other = prepared(model("llama").float(), engine), prepared(model("llama", seed=1).float(), engine)
+    value = total(
+        "dpo",
+        engine.logps(net, rows, pairwise=True),
+        OnlineReference(other, rows, engine).logps(range(5), frozenset()),
+        rows,
+    )
+    value.backward()
+    for mine, theirs in zip(gradients(net), slopes, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
-def test_one_side_cannot_see_the_other(shared):
-    """Changing every token of the rejected side leaves the chosen log-probability bit for bit (trl#2834)."""
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_other_documents_change_nothing_bit_for_bit(batching):
+    """Every token of one pair is another one; the others' numbers stay (trl#2834)."""
     net, rows = model("llama"), examples(3)
-    other = [e._replace(rejected=(e.rejected + 7) % 61) for e in rows]
-    before, after = (engine(shared).logps(net, batch, pairwise=True) for batch in (rows, other))
+    prepared(net, Engine(CPU, batching))
+    other = [*rows[:1], rows[1]._replace(prompt=64 - rows[1].prompt, chosen=64 - rows[1].chosen), *rows[2:]]
+    before, after = (Engine(CPU, batching).logps(net, batch, pairwise=True) for batch in (rows, other))
+    kept = [0, 2, 3, 4]
+    assert torch.equal(before.chosen[kept], after.chosen[kept])
+    assert torch.equal(before.rejected[kept], after.rejected[kept])
+    assert before.chosen[1] != after.chosen[1]
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_one_side_cannot_see_the_other(batching):
+    net, rows = model("llama"), examples(3)
+    prepared(net, Engine(CPU, batching))
+    other = [e._replace(rejected=64 - e.rejected) for e in rows[:3]]
+    before, after = (Engine(CPU, batching).logps(net, batch, pairwise=True) for batch in (rows[:3], other))
     assert torch.equal(before.chosen, after.chosen)
     assert not torch.equal(before.rejected, after.rejected)
 
 
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_pair_does_not_depend_on_its_neighbours(batching):
+    net, rows = model("llama"), examples(2)
+    prepared(net, Engine(CPU, batching))
+    together = Engine(CPU, batching).logps(net, rows, pairwise=True)
+    for i, row in enumerate(rows):
+        alone = Engine(CPU, batching).logps(net, [row], pairwise=True)
+        assert alone.chosen.item() == pytest.approx(together.chosen[i].item(), abs=1e-10)
+        assert alone.rejected.item() == pytest.approx(together.rejected[i].item(), abs=1e-10)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 1), (1, 1, 5), (9, 1, 1)])
-def test_shortest_prompts_and_completions(sizes):
-    net = model("llama")
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_shortest_prompts_and_completions(sizes, batching):
     row = Example(0, *(np.arange(1, n + 1, dtype=np.int32) for n in sizes))
-    ((chosen, rejected),) = by_hand(net, [row])
-    for shared in (False, True):
-        out = engine(shared).logps(net, [row], pairwise=True)
-        assert (out.chosen.item(), out.rejected.item()) == pytest.approx((chosen, rejected), abs=1e-10)
+    expected = by_hand(model("llama"), [row])
+    engine = Engine(CPU, batching)
+    out = engine.logps(prepared(model("llama"), engine), [row], pairwise=True)
+    assert (out.chosen.item(), out.rejected.item()) == pytest.approx((expected.chosen.item(), expected.rejected.item()))
 
 
-def test_all_logps_keep_the_order_of_the_examples():
-    net, rows = model("llama"), examples(4, count=9)
-    expected = by_hand(net, rows)
-    for shared in (False, True):
-        out = engine(shared).all_logps(net, rows, batch_size=2)
-        assert out.chosen.tolist() == pytest.approx([c for c, _ in expected], abs=1e-9)
-        assert out.rejected.tolist() == pytest.approx([r for _, r in expected], abs=1e-9)
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_all_logps_keep_the_order_of_the_examples(batching):
+    rows = examples(4, count=9)
+    expected = by_hand(model("llama"), rows)
+    engine = Engine(CPU, batching)
+    out = engine.all_logps(prepared(model("llama"), engine), rows, batch_size=2)
+    assert out.chosen.tolist() == pytest.approx(expected.chosen.tolist(), rel=1e-6)
+    assert out.rejected.tolist() == pytest.approx(expected.rejected.tolist(), rel=1e-6)
 
 
 def test_sft_reads_only_the_chosen_side():
     net, rows = model("llama"), examples(5)
-    out = engine(shared=True).logps(net, [e._replace(rejected=e.rejected[:0]) for e in rows], pairwise=False)
-    assert out.chosen.tolist() == pytest.approx([c for c, _ in by_hand(net, rows)], abs=1e-9)
-    assert out.rejected.tolist() == [0.0] * len(rows)
+    expected = by_hand(net, rows).chosen.tolist()
+    for batching in BATCHINGS:
+        engine = Engine(CPU, batching)
+        bare = [e._replace(rejected=e.rejected[:0]) for e in rows]
+        out = engine.logps(prepared(net, engine), bare, pairwise=False)
+        assert out.chosen.tolist() == pytest.approx(expected, abs=1e-9)
+        assert out.rejected.tolist() == [0.0] * len(rows)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
-def test_float32_keeps_five_digits(shared):
-    rows = examples(6)
-    exact = by_hand(model("llama"), rows)
-    out = engine(shared).logps(model("llama").float(), rows, pairwise=True)
-    assert out.chosen.tolist() == pytest.approx([c for c, _ in exact], rel=1e-5)
+def test_gradient_checkpointing_attends_by_documents_in_the_backward_pass_too():
+    found = []
+    for checkpointing in (False, True):
+        net, engine = model("llama").train(), Engine(CPU, "shared")
+        if checkpointing:
+            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        engine.logps(prepared(net, engine), examples(), pairwise=True).chosen.sum().backward()
+        found.append(gradients(net))
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_chunked_and_frozen_heads_keep_no_logits_for_the_backward_pass():
+    """Bytes that autograd holds on to between the passes, of 96 completion tokens and 61 words."""
+    held = {}
+    for family, head in (("llama", "plain"), ("llama", "chunked"), ("frozen_head", "plain")):
+        net, engine = model(family), Engine(CPU, "packed", head)
+        saved = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.logps(prepared(net, engine), examples(1), pairwise=True)
+        logits = [t.shape[0] for t in saved if t.ndim == 2 and t.shape[1] == 61]
+        held[family, head] = max(logits, default=0)
+    assert held["llama", "plain"] > 0
+    assert held["llama", "chunked"] == held["frozen_head", "plain"] == 0
+
+
+def test_auto_shares_prompts_where_the_family_allows_it():
+    for family in ("llama", "gemma2", "mistral", "qwen3"):
+        assert choose_engine("auto", "auto", model(family), examples(), device=CPU) == Engine(CPU, "shared")
+
+
+def test_a_family_that_overlooks_documents_is_found_out(monkeypatch, caplog):
+    """An attention that forgets the borders: "auto" falls back to padded, "shared" refuses."""
+
+    def forgetful(module, query, key, value, mask, *, documents, **kwargs):
+        whole = [attention.Document(0, query.shape[2])]
+        return real(module, query, key, value, mask, documents=whole, **kwargs)
+
+    real = attention.documents_attention
+    monkeypatch.setattr(attention, "documents_attention", forgetful)
+    caplog.set_level("INFO")
+    assert choose_engine("auto", "auto", model("llama"), examples(), device=CPU) == Engine(CPU, "padded")
+    assert "batching shared: its log-probabilities differ from the model's own" in caplog.text
+    with pytest.raises(ConfigError, match=r"training\.batching=shared: its log-probabilities differ"):
+        choose_engine("shared", "auto", model("llama"), examples(), device=CPU)
+
+
+def test_a_head_that_ours_does_not_reproduce_is_left_to_the_model(monkeypatch):
+    net, rows = model("cohere"), examples()
+    monkeypatch.setattr(Head, "of", classmethod(lambda cls, model: cls(model.get_output_embeddings())))
+    engine = choose_engine("auto", "auto", net, rows, device=CPU)
+    assert engine == Engine(CPU, "shared", own_logits=True)
+    expected = by_hand(model("cohere"), rows).chosen.tolist()
+    assert engine.logps(net, rows, pairwise=True).chosen.tolist() == pytest.approx(expected)
+    assert replace(engine, own_logits=False).logps(net, rows, pairwise=True).chosen.tolist() != pytest.approx(expected)

@@ -30,7 +30,15 @@ def pairs(count: int = 7) -> list[Pair]:
         messages = [{"role": "user", "content": f"Tom has {i} apples and buys {i + 2} more. " * (1 + i % 3)}]
         answer = f"{i} + {i + 2} = <<{i}+{i + 2}={2 * i + 2}>>{2 * i + 2}\n#### {2 * i + 2}"
         made.append(
-            Pair(prompt_id=prompt_id(messages), messages=messages, source="t", chosen=answer, rejected=f"#### {i}")
+            Pair(
+                prompt_id=prompt_id(messages),
+                messages=messages,
+                source="t",
+                chosen=answer,
+                rejected=f"#### {i}",
+                chosen_score=1.0 + i,
+                rejected_score=0.5,
+            )
         )
     return made
 
@@ -49,6 +57,7 @@ def job(
         hardware=HardwareConfig(name="cpu", device="cpu", precision="fp32"),
         seed=0,
         work=work,
+        cache=work.parent / "cache",
     )
 
 
@@ -92,7 +101,7 @@ def test_simpo_starts_where_an_independent_computation_says(tmp_path, tiny_folde
     assert metrics(tmp_path)[0]["train/loss"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(COMPONENTS["loss"]))
+@pytest.mark.parametrize("name", sorted(name for name, loss in COMPONENTS["loss"].items() if not loss.batch_wise))
 def test_accumulation_does_not_change_the_result(tmp_path, tiny_folder, name):
     """One batch of 4 and four of 1 (trl#2615, transformers#34191); the last step of the epoch is a smaller batch."""
     runs = {}
@@ -154,6 +163,62 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_folder, loss, 
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     for key, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "killed")[key]), key
+
+
+@pytest.mark.parametrize("kind", ["online", "cached"])
+def test_online_and_cached_references_are_the_same(tmp_path, tiny_folder, kind):
+    train(job(tmp_path / "auto", tiny_folder, DPO()))
+    train(job(tmp_path / kind, tiny_folder, DPO(), replace(TRAINING, reference=kind)))
+    for mine, theirs in zip(metrics(tmp_path / kind), metrics(tmp_path / "auto"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_a_moving_reference_follows_and_survives_a_kill(tmp_path, tiny_folder, monkeypatch):
+    training = replace(TRAINING, reference="moving", reference_alpha=1.0, reference_steps=2, save_every_steps=1)
+    train(job(tmp_path / "whole", tiny_folder, DPO(), training))
+    losses = [row["train/loss"] for row in metrics(tmp_path / "whole")]
+    # alpha = 1 replaces the reference by the policy after steps 2 and 4, so the next step starts at ln 2 again.
+    assert [losses[i] == pytest.approx(math.log(2), abs=1e-5) for i in range(5)] == [True, False, True, False, True]
+    real = loop._save_state
+
+    def save_then_die(work, step, *args, **kwargs):
+        real(work, step, *args, **kwargs)
+        if step == 3:
+            raise KilledError
+
+    monkeypatch.setattr(loop, "_save_state", save_then_die)
+    with pytest.raises(KilledError):
+        train(job(tmp_path / "killed", tiny_folder, DPO(), training))
+    monkeypatch.undo()
+    train(job(tmp_path / "killed", tiny_folder, DPO(), training))
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_runs_share_the_reference_whatever_the_loss(tmp_path, tiny_folder, caplog):
+    caplog.set_level("INFO")
+    train(job(tmp_path / "a", tiny_folder, DPO(beta=0.3)))
+    train(job(tmp_path / "b", tiny_folder, IPO(), replace(TRAINING, micro_batch_size=4), pairs(9)))
+    first, second = [line for line in caplog.messages if "completions are in the cache" in line]
+    assert first == "reference: 0 of 14 completions are in the cache"
+    assert second == "reference: 14 of 18 completions are in the cache"
+    assert metrics(tmp_path / "b")[0]["train/loss"] == pytest.approx(25.0, abs=1e-3)
+
+
+def test_other_weights_have_other_reference_values(tmp_path, tiny_folder):
+    """A checkpoint that was overwritten in place must not meet the old one's values (peers' open bug)."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    train(job(tmp_path / "a", folder, DPO()))
+    for file in (tmp_path / "a").glob("model.safetensors"):
+        shutil.copy(file, folder / "model.safetensors")
+    train(job(tmp_path / "b", folder, DPO()))
+    assert metrics(tmp_path / "b")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_loss_of_scores_names_the_row_without_any(tmp_path, tiny_folder):
+    rows = [replace(pair, chosen_score=None) for pair in pairs()]
+    with pytest.raises(DataError, match=r"row \d of inputs\.pairs has no scores"):
+        train(job(tmp_path, tiny_folder, COMPONENTS["loss"]["rpo"](), rows=rows))
 
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, tiny_folder, caplog):

@@ -1,0 +1,125 @@
+"""Attention over several documents in one row: each sees itself and its prompt, and nothing else.
+
+transformers lets a model's attention be swapped by name. Ours gets the borders of the documents as numbers and calls a
+kernel for each, so that no work goes into padding or into pairs of tokens which a mask would strike out, and nothing
+that stands in one document can reach another, not even as a rounding error.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+DOCUMENTS = "prefpipe_documents"
+"""Name of this attention in transformers; without a mask function of that name, transformers makes no mask."""
+
+UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+"""What some families add to attention and this one would ignore."""
+
+
+class Document(NamedTuple):
+    """Tokens start .. end of a row, which see themselves causally.
+
+    With shared > 0 they also see all of prompt .. prompt + shared, the start of an earlier document: they are a further
+    completion of that prompt, and their positions go on from the prompt's end.
+    """
+
+    start: int
+    end: int
+    prompt: int = 0
+    shared: int = 0
+
+
+def documents_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    documents: Sequence[Document],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document.
+
+    Args:
+        query: [1, heads, T, D]. key, value: [1, key heads, T, D]; key heads divide heads.
+        documents: they cover 0 .. T without a gap, in order.
+        sliding_window: a token sees so many tokens, itself included; None: all before it.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
+
+    Returns:
+        ([1, T, heads, D], None), what transformers expects.
+
+    Raises:
+        ValueError: the family asks for something that this attention does not know.
+    """
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention of several documents in one row knows no {name}")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    sizes = [document.end - document.start for document in documents]
+    # Split, not sliced: the backward pass of each slice would fill a tensor of the whole row with zeros.
+    rows = [tensor.split(sizes, dim=2) for tensor in (query, key, value)]
+    number = {document.start: index for index, document in enumerate(documents)}
+    parts = []
+    for document, queries, keys, values in zip(documents, *rows, strict=True):
+        if document.shared:
+            of_prompt = [tensor[number[document.prompt]][:, :, : document.shared] for tensor in rows[1:]]
+            keys, values = torch.cat([of_prompt[0], keys], 2), torch.cat([of_prompt[1], values], 2)
+        window = sliding_window if sliding_window is not None and sliding_window < keys.shape[2] else None
+        if softcap is not None:
+            parts.append(_capped(queries, keys, values, scaling, softcap, _visible(queries, keys, window), dropout))
+            continue
+        plain = document.shared == 0 and window is None
+        parts.append(
+            scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=None if plain else _visible(queries, keys, window),
+                dropout_p=dropout,
+                is_causal=plain,
+                scale=scaling,
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[Q, K] bool: the last query sees the last key, each one before it one key less; at most `window` keys."""
+    num_queries, num_keys = queries.shape[2], keys.shape[2]
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
+    visible = visible.tril(num_keys - num_queries)
+    return visible if window is None else visible.triu(num_keys - num_queries - window + 1)
+
+
+def _capped(
+    queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None, cap: float, visible: Tensor, dropout: float
+) -> Tensor:
+    """Attention with soft-capped scores, which no fused kernel on a CPU knows."""
+    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (queries @ keys.transpose(2, 3) * scale / cap).tanh() * cap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    return torch.dropout(weights, dropout, train=dropout > 0) @ values
+
+
+def set_attention(model: PreTrainedModel, name: str) -> str:
+    """Let the model attend by DOCUMENTS, or by another attention of transformers again; the name it had before.
+
+    It stays so until it is set again: gradient checkpointing runs the forward pass once more, during backward.
+    """
+    AttentionInterface.register(DOCUMENTS, documents_attention)
+    before = str(model.config._attn_implementation)
+    model.config._attn_implementation_internal = name
+    return before

@@ -1,0 +1,226 @@
+"""From hidden states to log-probabilities of given tokens, without more logits in memory than asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+KEPT_BYTES = 2**30
+"""head="auto" keeps the logits of a micro-batch for the backward pass up to this size; above it, head="chunked"."""
+
+TILE_BYTES = 2**25
+"""Of the logits that are worked on at a time; small enough for a processor's cache to be of use."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a model, from hidden states [N, H] to logits [N, V].
+
+    module: what computes it; a plain nn.Linear is taken apart, anything else (an adapter) is called.
+    softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2. scale: a factor of them, as in Cohere.
+    """
+
+    module: nn.Module
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of a causal or an encoder-decoder language model."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V], in float32 at least."""
+        logits: Tensor = self.module(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    @property
+    def vocabulary(self) -> int:
+        """V, or a guess where the module does not say."""
+        return int(getattr(self.module, "out_features", 32_768))
+
+
+class TokenLogps(NamedTuple):
+    """Of N tokens. logps: [N], nats, float32 or float64. collision: [N], log sum_v p(v)^2, detached, or None."""
+
+    logps: Tensor
+    collision: Tensor | None
+
+
+def token_logps(
+    head: Head, hidden: Tensor, targets: Tensor, *, mode: str = "auto", collision: bool = False
+) -> TokenLogps:
+    """Log-probability of each target after the hidden state that predicts it.
+
+    Args:
+        hidden: [N, H]. targets: [N] token ids.
+        mode: "plain" keeps all logits [N, V] for the backward pass; "chunked" works tile by tile and computes a tile's
+            logits again in the backward pass, or, where the head is frozen, forms the gradient in the forward pass and
+            keeps no logits at all (the gradient of a token's log-probability is known up to the factor which the loss
+            will give it). "auto" is "plain" up to KEPT_BYTES.
+    """
+    if type(head.module) is nn.Linear:
+        weight, bias = head.module.weight, head.module.bias
+        keep = mode == "plain" or (mode == "auto" and len(hidden) * len(weight) * 4 <= KEPT_BYTES)
+        apply: Callable[..., tuple[Tensor, Tensor]] = _LinearLogps.apply
+        logps, squares = apply(hidden, weight, bias, targets, head.softcap, head.scale, keep, collision)
+        return TokenLogps(logps, squares if collision else None)
+
+    def of_tile(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        total = logits.logsumexp(-1)
+        logps = logits.gather(-1, targets[:, None])[:, 0] - total
+        return logps, ((2 * logits.detach()).logsumexp(-1) - 2 * total.detach() if collision else logps.detach())
+
+    parts = _in_tiles(of_tile, (hidden, targets), rows=_tile_rows(head.vocabulary), again=mode != "plain")
+    logps, squares = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenLogps(logps, squares if collision else None)
+
+
+def token_kl(head: Head, hidden: Tensor, reference_head: Head, reference_hidden: Tensor) -> Tensor:
+    """KL(reference || model) at each of N positions, nats [N]; gradients reach the model alone (TDPO).
+
+    Needs the hidden states of both at once, so that no cache can stand in for the reference.
+    """
+
+    def of_tile(hidden: Tensor, reference_hidden: Tensor) -> Tensor:
+        logps = head(hidden).log_softmax(-1)
+        with torch.no_grad():
+            reference = reference_head(reference_hidden).log_softmax(-1)
+        return (reference.exp() * (reference - logps)).sum(-1)
+
+    rows = _tile_rows(head.vocabulary)
+    return torch.cat(_in_tiles(of_tile, (hidden, reference_hidden.detach()), rows=rows, again=True))
+
+
+def _tile_rows(vocabulary: int) -> int:
+    return max(16, TILE_BYTES // (4 * vocabulary))
+
+
+def _in_tiles(function: Callable[..., Any], tensors: tuple[Tensor, ...], *, rows: int, again: bool) -> list[Any]:
+    """function of so many rows at a time; `again`: computed a second time in the backward pass, nothing kept."""
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    if not again:
+        return [function(*part) for part in parts]
+    return [checkpoint(function, *part, use_reentrant=False) for part in parts]
+
+
+class _LinearLogps(torch.autograd.Function):
+    """token_logps of a linear head, by hand: one buffer of logits, turned into its own gradient in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        keep: bool,
+        collision: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+            needs_head = needs_weight or needs_bias
+            form_now = needs_hidden and not needs_head
+            keep = keep and needs_head
+            kernel = weight.to(hidden.dtype)
+            work = torch.promote_types(hidden.dtype, torch.float32)
+            num, rows = len(hidden), _tile_rows(len(weight))
+            logps = torch.empty(num, dtype=work, device=hidden.device)
+            totals, squares = torch.empty_like(logps), torch.empty_like(logps)
+            kept = torch.empty(num if keep else 0, len(weight), dtype=work, device=hidden.device)
+            slopes = torch.empty_like(hidden) if form_now else hidden.new_empty(0)
+            for start in range(0, num, rows):
+                tile = slice(start, start + rows)
+                logits = _logits(hidden[tile], kernel, bias, softcap, scale, out=kept[tile] if keep else None)
+                totals[tile] = logits.logsumexp(-1)
+                logps[tile] = logits.gather(-1, targets[tile, None])[:, 0] - totals[tile]
+                if collision:
+                    squares[tile] = (2 * logits).logsumexp(-1) - 2 * totals[tile]
+                if form_now:
+                    ones = torch.ones_like(logps[tile])
+                    slopes[tile] = (
+                        _slope(logits, totals[tile], targets[tile], ones, softcap, scale).to(hidden.dtype) @ kernel
+                    )
+            ctx.save_for_backward(hidden, weight, bias, targets, totals, kept, slopes)
+            ctx.settings = (softcap, scale, keep, form_now, rows)
+            ctx.mark_non_differentiable(squares)
+            return logps, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, totals, kept, slopes = ctx.saved_tensors
+        softcap, scale, keep, form_now, rows = ctx.settings
+        nothing = (None,) * 5
+        with torch.autocast(hidden.device.type, enabled=False):
+            if form_now:
+                return (grad[:, None].to(slopes.dtype) * slopes, None, None, *nothing)
+            needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+            kernel = weight.to(hidden.dtype)
+            of_hidden = torch.empty_like(hidden) if needs_hidden else None
+            of_weight = torch.zeros_like(weight) if needs_weight else None
+            of_bias = torch.zeros_like(bias) if needs_bias else None
+            for start in range(0, len(hidden), rows):
+                tile = slice(start, start + rows)
+                logits = kept[tile] if keep else _logits(hidden[tile], kernel, bias, softcap, scale)
+                slope = _slope(logits, totals[tile], targets[tile], grad[tile], softcap, scale)
+                if of_bias is not None:
+                    of_bias += slope.sum(0)
+                slope = slope.to(hidden.dtype)
+                if of_hidden is not None:
+                    torch.mm(slope, kernel, out=of_hidden[tile])
+                if of_weight is not None and of_weight.dtype == slope.dtype:
+                    of_weight.addmm_(slope.T, hidden[tile])
+                elif of_weight is not None:
+                    of_weight += slope.T @ hidden[tile]
+        return (of_hidden, of_weight, of_bias, *nothing)
+
+
+def _logits(
+    hidden: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[n, V], in float32 at least."""
+    work = torch.promote_types(hidden.dtype, torch.float32)
+    if out is not None and hidden.dtype == work:
+        logits = torch.mm(hidden, kernel.T, out=out)
+    else:
+        logits = (hidden @ kernel.T).to(work)
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    if out is not None and logits is not out:
+        out.copy_(logits)
+        return out
+    return logits
+
+
+def _slope(
+    logits: Tensor, totals: Tensor, targets: Tensor, grad: Tensor, softcap: float | None, scale: float
+) -> Tensor:
+    """grad times the gradient of log p(target) by the head's own output, [n, V]; written over the logits."""
+    bend = None if softcap is None else 1 - (logits / softcap) ** 2
+    slope = logits.sub_(totals[:, None]).exp_().mul_(-grad[:, None])
+    slope.scatter_add_(1, targets[:, None], grad[:, None])
+    if bend is not None:
+        slope *= bend
+    return slope if scale == 1.0 else slope.mul_(scale)
