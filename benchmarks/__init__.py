@@ -1,1 +1,1 @@
-"""Speed claims, measured: both sides in one process run, interleaved, at least five times, printed as a ratio."""
+"""Speed claims, measured: both sides run in turn, at least five times, and are printed as a ratio with its spread."""

@@ -1,14 +1,17 @@
-"""`python -m benchmarks`: every benchmark, results under benchmarks/results/."""
+"""`python -m benchmarks`: every benchmark on a CPU, results under benchmarks/results/."""
 
 from pathlib import Path
 
-from benchmarks import generation
+from benchmarks import generation, train_step
 from benchmarks.harness import report
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Run them one after the other."""
-    report(generation.run(), Path(__file__).parent / "results" / "generation_cpu.json")
+    """Run them one after the other; each writes its file as soon as it is done."""
+    report(train_step.run(sweep_profile="hh"), RESULTS / "train_step_cpu.json")
+    report(generation.run(threads=1), RESULTS / "generation_cpu.json")
 
 
 if __name__ == "__main__":

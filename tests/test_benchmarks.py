@@ -1,0 +1,115 @@
+"""The benchmarks themselves, tiny: that they run, agree with their peers and write what they promise."""
+
+import importlib.util
+from pathlib import Path
+
+import orjson
+import pytest
+
+from benchmarks import generation
+from benchmarks.harness import compare, report
+from benchmarks.profiles import PROFILES, SHAPES, build_tokenizer, make_pairs, padding
+
+needs_trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is absent; `make bench` installs it (extra `bench`)"
+)
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
+    called: list[str] = []
+
+    def side(name: str, seconds: list[float]) -> float:
+        called.append(name)
+        return seconds.pop(0)
+
+    ours, theirs = [9.0, 1.0, 2.0, 1.0], [9.0, 4.0, 4.0, 3.0]
+    row = compare("p", ours=lambda: side("ours", ours), theirs=lambda: side("theirs", theirs), repeats=3, target=2.0)
+    assert called == ["ours", "theirs", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert (row.ratio, row.ratio_min, row.ratio_max) == (3.0, 2.0, 4.0)
+    assert (row.ours_seconds, row.theirs_seconds, row.target) == (1.0, 4.0, 2.0)
+
+
+def test_report_names_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = compare("p", ours=lambda: 1.0, theirs=lambda: 3.0, repeats=1, target=4.0, threads=1)
+    report([row], tmp_path / "results" / "out.json")
+    written = (tmp_path / "results" / "out.json").read_text()
+    data = orjson.loads(written)
+    assert data["rows"][0]["ratio"] == 3.0
+    assert data["machine"]["cpu_count"]
+    assert "torch" in data["versions"]
+    assert str(Path.home()) not in written
+    assert str(Path(__file__).parents[1]) not in written
+    assert "missed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_lengths_are_in_tokens(name: str) -> None:
+    profile, vocabulary = PROFILES[name], SHAPES["7m"].vocabulary
+    tokenizer = build_tokenizer(vocabulary)
+    assert len(tokenizer) == vocabulary
+    pairs = make_pairs(profile, 40, vocabulary)
+    lengths = []
+    for pair in pairs:
+        prompt = tokenizer.apply_chat_template(pair.messages, add_generation_prompt=True, tokenize=False)
+        ids = [tokenizer(text).input_ids for text in (prompt, f"{pair.chosen}<|end|>", f"{pair.rejected}<|end|>")]
+        lengths.append(tuple(map(len, ids)))
+    assert all(p + max(c, r) <= profile.max_tokens for p, c, r in lengths)
+    figures = padding(lengths, profile.batch_size)
+    if profile.spread == (0.0, 0.0):
+        assert set(lengths) == {(profile.prompt, profile.completion, profile.completion)}
+        assert figures["padded_tokens"] == figures["tokens"]
+    else:
+        assert 1.5 < figures["padded_tokens"] / figures["tokens"] < 3
+
+
+def test_generation() -> None:
+    (row,) = generation.run(repeats=1, num_prompts=4, num_samples=2, threads=1)
+    assert row.ratio > 0
+
+
+@needs_trl
+def test_train_step_against_trl() -> None:
+    from benchmarks import train_step
+
+    rows = train_step.run(
+        ["tiny", "tiny_simpo"],
+        threads=[1],
+        repeats=1,
+        references=["cached", "online"],
+        shape="tiny",
+        memory_shape=None,
+        warm_up=False,
+    )
+    assert [row.peer for row in rows] == ["trl cached", "trl online", "trl"]
+    assert all(row.ratio > 0 for row in rows)
+
+
+@needs_trl
+def test_sides_that_train_on_other_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import sides
+    from benchmarks.profiles import TINY, build_model
+
+    race = sides.Race(TINY["dpo"], build_model(SHAPES["tiny"], tmp_path), threads=1)
+    ids = sides.our_ids(race)
+    monkeypatch.setattr(sides, "our_ids", lambda _: [*ids[:-1], (*ids[-1][:2], [7])])
+    with pytest.raises(SystemExit, match="other tokens at place 5"):
+        sides.trl(race)
+
+
+def test_losses_that_differ_are_refused() -> None:
+    from benchmarks import train_step
+
+    assert train_step.refuse_other_losses("p", [0.7], [0.7003], gpu=False) < 1e-3
+    with pytest.raises(SystemExit, match="losses differ"):
+        train_step.refuse_other_losses("p", [0.7, 0.69], [0.7, 0.70], gpu=False)
+    with pytest.raises(SystemExit, match="losses differ"):
+        train_step.refuse_other_losses("p", [float("nan")], [0.7], gpu=False)
+
+
+def test_memory_of_one_side(tmp_path: Path) -> None:
+    from benchmarks.memory import measure
+    from benchmarks.profiles import build_model
+
+    found = measure("ours", "tiny", build_model(SHAPES["tiny"], tmp_path), threads=1)
+    assert 0 <= found["training"] == found["peak"] - found["before"]
+    assert found["before"] > 100 * 2**20
