@@ -31,6 +31,7 @@ DATA_GROUPS: dict[str, type[Any]] = {
     "model": settings.ModelConfig,
     "source": settings.SourceConfig,
     "data_mixer": settings.DataMixerConfig,
+    "selection": settings.SelectionConfig,
     "training": settings.TrainingConfig,
     "hardware": settings.HardwareConfig,
     "recipe": settings.RecipeConfig,
@@ -57,6 +58,7 @@ class RunConfig:
     scorer: prefpipe.scorers.Scorer = MISSING
     pairer: prefpipe.pairers.Pairer = MISSING
     loss: prefpipe.losses.Loss = MISSING
+    selection: settings.SelectionConfig = field(default_factory=settings.SelectionConfig)
     training: settings.TrainingConfig = MISSING
     task: dict[str, prefpipe.tasks.Task] = field(default_factory=dict)
     hardware: settings.HardwareConfig = MISSING

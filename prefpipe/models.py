@@ -151,6 +151,18 @@ def model_uses(model: ModelConfig, folder: Path) -> dict[str, Any]:
     }
 
 
+def adapter_uses(model: ModelConfig) -> dict[str, Any]:
+    """The part that changes training alone, for manifests; empty without an adapter."""
+    if model.adapter == "none":
+        return {}
+    return {
+        "adapter": model.adapter,
+        "rank": model.adapter_rank,
+        "alpha": model.adapter_alpha,
+        "targets": list(model.adapter_targets),
+    }
+
+
 def template_file(name: str) -> Path:
     """The file of model.chat_template: a path, or `builtin:NAME` for one that comes with prefpipe."""
     file = (

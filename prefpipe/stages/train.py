@@ -55,12 +55,17 @@ def train(
             f"loss={loss.name} needs the reference's whole distributions, which training.reference=cached does not "
             f"hold; use training.reference=online"
         )
+    if model.adapter != "none" and training.reference == "moving":
+        raise ConfigError(
+            f"training.reference=moving follows whole models, and model.adapter={model.adapter} trains none; use "
+            f"training.reference=auto, or model.adapter=none"
+        )
     uses = {
         "loss": loss,
         "training": training,
         "precision": hardware.precision,
         "device": hardware.device,
-        "model": models.model_uses(model, policy),
+        "model": models.model_uses(model, policy) | models.adapter_uses(model),
         "reference": models.weights_digest(reference) if loss.needs_reference else None,
         "seed": seed,
     }

@@ -7,13 +7,14 @@ each file, so a damaged one is recognised and the one before is taken.
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefpipe.files import fsync_folder, sha256_of, write_json
 
@@ -22,13 +23,22 @@ KEPT = 2
 """One state could be the damaged one."""
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
-    """Write the state after `step` optimizer steps, then drop all but the newest two."""
+def save(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+) -> None:
+    """Write the state after `step` optimizer steps, then drop all but the newest two.
+
+    parameters: by name, those that training changes.
+    """
     target = folder / f"step-{step:06d}"
     aside = folder / f"{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.named_parameters()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in parameters.items()}
     save_file(tensors, aside / "model.safetensors")
     save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
     save_file(_random_state(), aside / "random.safetensors")
@@ -45,7 +55,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         shutil.rmtree(old)
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_newest(
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
     """Restore the newest undamaged state; its state.json, or None when there is none."""
     for candidate in sorted(folder.glob("step-??????"), reverse=True):
         state = _checked(candidate)
@@ -54,7 +66,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             continue
         saved = load_file(candidate / "model.safetensors")
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
         _restore_optimizer(optimizer, load_file(candidate / "optimizer.safetensors"))
         _restore_random(load_file(candidate / "random.safetensors"))

@@ -1,8 +1,10 @@
 """Log-probabilities of completions under a model: what the loop, the reference and the evaluation share."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,19 @@ PROBE_TOLERANCE = 1e-3
 """Of log-probabilities in nats, relative and absolute; the weights are float32, whose noise is a hundredth of it."""
 
 NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A reference model in memory. off: entered while it is asked; a policy switches its adapter off there."""
+
+    model: nn.Module
+    off: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of its head, [N, V]."""
+        with self.off():
+            return Head.of(_unwrapped(self.model))(hidden)
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Engine:
         *,
         pairwise: bool,
         reads: frozenset[str] = NOTHING,
-        reference: nn.Module | None = None,
+        reference: Frozen | None = None,
     ) -> PairLogps:
         """PairLogps of B examples from one forward pass; SFT: rejected = 0 nats of 1 token.
 
@@ -63,9 +78,9 @@ class Engine:
             parts["collision"] = _by_sequence(found.collision, batch).sum(1)
         if "kl" in reads:
             assert reference is not None
-            with torch.no_grad():
-                other = self._hidden(reference, batch)
-            kl = token_kl(Head.of(_unwrapped(model)), hidden, Head.of(_unwrapped(reference)), other)
+            with torch.no_grad(), reference.off():
+                other = self._hidden(reference.model, batch)
+            kl = token_kl(Head.of(_unwrapped(model)), hidden, reference.logits, other)
             parts["kl"] = _by_sequence(kl, batch).sum(1)
         sums = _by_sequence(found.logps, batch).sum(1)
         if not pairwise:

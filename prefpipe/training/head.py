@@ -85,7 +85,9 @@ def token_logps(
     return TokenLogps(logps, squares if collision else None)
 
 
-def token_kl(head: Head, hidden: Tensor, reference_head: Head, reference_hidden: Tensor) -> Tensor:
+def token_kl(
+    head: Head, hidden: Tensor, reference_head: Callable[[Tensor], Tensor], reference_hidden: Tensor
+) -> Tensor:
     """KL(reference || model) at each of N positions, nats [N]; gradients reach the model alone (TDPO).
 
     Needs the hidden states of both at once, so that no cache can stand in for the reference.

@@ -24,12 +24,13 @@ from prefpipe.progress import progress
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
-from prefpipe.training import checkpoints
+from prefpipe.training import adapters, checkpoints
+from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
-from prefpipe.training.engine import Engine, choose_engine, without_dropout
+from prefpipe.training.engine import Engine, Frozen, choose_engine, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
-from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, second_model
+from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, in_memory
 from prefpipe.training.reference_cache import ReferenceCache
 
 log = logging.getLogger(__name__)
@@ -80,17 +81,21 @@ def train(job: Job) -> None:
     own_attention = str(policy.config._attn_implementation)
     engine = choose_engine(training.batching, training.head, policy, examples, device=device, pairwise=loss.pairwise)
     log.info("log-probabilities: batching %s, head %s", engine.batching, engine.head)
-    reference = _reference(job, policy, examples, engine, accelerator) if loss.needs_reference else None
-    optimizer = OPTIMIZERS[training.optimizer](policy.parameters(), training)
+    with_gradients = with_adapter(policy, job.model)
+    reference = _reference(job, with_gradients, examples, engine, accelerator) if loss.needs_reference else None
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train()
-    model, optimizer = accelerator.prepare(policy, optimizer)
+    with_gradients.train()
+    trained = {name: p for name, p in with_gradients.named_parameters() if p.requires_grad}
+    optimizer = OPTIMIZERS[training.optimizer](trained.values(), training)
+    model, optimizer = accelerator.prepare(with_gradients, optimizer)
 
-    # What a state holds: a moving reference too.
-    moving = second_model(reference) if training.reference == "moving" else None
-    stateful = policy if moving is None else nn.ModuleDict({"policy": policy, "reference": moving})
-    first_step = _resume(work, stateful, optimizer, accelerator)
+    frozen_model = in_memory(reference)
+    if training.reference == "moving" and frozen_model is not None:  # a state holds it too
+        moving = {f"reference.{name}": p for name, p in frozen_model.model.named_parameters()}
+    else:
+        moving = {}
+    first_step = _resume(work, trained | moving, optimizer, accelerator)
     order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
     metrics_file = (work / "metrics.jsonl").open("ab")
     timing_file = (work / "timing.jsonl").open("ab")
@@ -106,9 +111,7 @@ def train(job: Job) -> None:
                 batch = [examples[i] for i in micro]
                 with accelerator.autocast():
                     frozen = None if reference is None else reference.logps(micro, loss.reads)
-                    logps = engine.logps(
-                        model, batch, pairwise=loss.pairwise, reads=loss.reads, reference=second_model(reference)
-                    )
+                    logps = engine.logps(model, batch, pairwise=loss.pairwise, reads=loss.reads, reference=frozen_model)
                 out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
                 accelerator.backward(out.loss.sum() / divisor)
                 rows += [examples[i].row for i in micro]
@@ -118,14 +121,14 @@ def train(job: Job) -> None:
                 )
             values = torch.cat(measured, dim=1).cpu()  # [5, B]
             _refuse_non_finite(values[0], rows, step)
-            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_(trained.values(), training.max_grad_norm)
             rate = learning_rate(step, num_steps, training)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
             if reference is not None:
-                reference.follow(policy, step + 1)
+                reference.follow(with_gradients, step + 1)
 
             epoch = (step * training.global_batch_size + len(indices)) / len(examples)
             row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
@@ -143,10 +146,11 @@ def train(job: Job) -> None:
             shown.update()
             if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
                 os.fsync(metrics_file.fileno())
-                _save_state(work, step + 1, stateful, optimizer, accelerator, metrics_bytes=metrics_file.tell())
+                _save_state(work, step + 1, trained | moving, optimizer, accelerator, metrics_bytes=metrics_file.tell())
 
     metrics_file.close()
     timing_file.close()
+    policy = adapters.save(with_gradients, work)
     set_attention(policy, own_attention)
     # The config of the checkpoint is that of the policy it started from, dropout rates included.
     policy.config = type(policy.config).from_pretrained(job.policy)
@@ -170,24 +174,31 @@ def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
 
 
 def _reference(
-    job: Job, policy: PreTrainedModel, examples: list[Example], engine: Engine, accelerator: Accelerator
+    job: Job, policy: nn.Module, examples: list[Example], engine: Engine, accelerator: Accelerator
 ) -> Reference:
+    """Where it is the policy itself, an adapter is switched off; a full policy has not moved yet when it is asked."""
     training = job.training
-    if training.reference in ("online", "moving") or "kl" in job.loss.reads:
+    is_policy = job.reference == job.policy
+    adapted = job.model.adapter != "none"
+    online = training.reference in ("online", "moving") or "kl" in job.loss.reads
+    if is_policy and adapted:
+        frozen = Frozen(policy, policy.disable_adapter)  # type: ignore[arg-type]
+    elif is_policy and not online:
+        frozen = Frozen(policy)
+    else:
         second = _load(job, job.reference, engine.device)
         engine.prepare(second)
+        frozen = Frozen(second.requires_grad_(False).eval())
+    if online:
         alpha, every = training.reference_alpha or 0.0, training.reference_steps or 1
-        return OnlineReference(second, examples, engine, alpha=alpha, every=every)
-    model = policy if job.reference == job.policy else _load(job, job.reference, engine.device)
-    engine.prepare(model)
-    model.eval()
+        return OnlineReference(frozen, examples, engine, alpha=alpha, every=every)
     precision = models.precision_of(job.hardware, engine.device)
     cache = ReferenceCache(
         job.cache / "reference_logps", weights=models.weights_digest(job.reference), precision=precision
     )
-    with accelerator.autocast():
+    with accelerator.autocast(), frozen.off():
         values = cached_values(
-            model,
+            frozen.model.eval(),
             examples,
             engine,
             cache=cache,
@@ -233,15 +244,21 @@ def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
 
 
 def _save_state(
-    work: Path, step: int, model: nn.Module, optimizer: Any, accelerator: Accelerator, *, metrics_bytes: int
+    work: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: Any,
+    accelerator: Accelerator,
+    *,
+    metrics_bytes: int,
 ) -> None:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    checkpoints.save(work / "state", step, model, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
+    checkpoints.save(work / "state", step, parameters, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
 
 
-def _resume(work: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> int:
+def _resume(work: Path, parameters: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator) -> int:
     """Restore the newest state; how many steps are done. The logs are cut back to that step."""
-    state = checkpoints.load_newest(work / "state", model, optimizer)
+    state = checkpoints.load_newest(work / "state", parameters, optimizer)
     metrics, done = work / "metrics.jsonl", 0
     if state is None:
         metrics.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import nn
 from prefpipe.logps import PairLogps
 from prefpipe.progress import progress
 from prefpipe.training.batches import Example, collate
-from prefpipe.training.engine import Engine, in_length_order
+from prefpipe.training.engine import Engine, Frozen, in_length_order
 from prefpipe.training.reference_cache import ReferenceCache
 
 log = logging.getLogger(__name__)
@@ -57,16 +57,16 @@ class CachedReference(Reference):
 
 
 class OnlineReference(Reference):
-    """A second model in memory, asked at each step; TDPO needs it, for its distributions.
+    """Asked at each step: a second model in memory, or the policy with its adapter switched off.
 
-    With alpha it moves to alpha * policy + (1 - alpha) * reference after every `every` steps: TR-DPO, Gorbatovski et
-    al. 2024, arXiv:2404.09656; alpha = 1 is its hard update.
+    TDPO needs it, for its distributions. With alpha it moves to alpha * policy + (1 - alpha) * reference after every
+    `every` steps: TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656; alpha = 1 is its hard update.
     """
 
     def __init__(
-        self, model: nn.Module, examples: Sequence[Example], engine: Engine, *, alpha: float = 0.0, every: int = 1
+        self, frozen: Frozen, examples: Sequence[Example], engine: Engine, *, alpha: float = 0.0, every: int = 1
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.frozen = frozen
         self.examples = examples
         self.engine = engine
         self.alpha = alpha
@@ -75,18 +75,19 @@ class OnlineReference(Reference):
     @torch.no_grad()
     def logps(self, indices: Sequence[int], reads: frozenset[str]) -> PairLogps:
         rows = [self.examples[index] for index in indices]
-        return self.engine.logps(self.model, rows, pairwise=True, reads=reads & {"token_logps"})
+        with self.frozen.off():
+            return self.engine.logps(self.frozen.model, rows, pairwise=True, reads=reads & {"token_logps"})
 
     @torch.no_grad()
     def follow(self, policy: nn.Module, step: int) -> None:
         if self.alpha and step % self.every == 0:
-            for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            for mine, theirs in zip(self.frozen.model.parameters(), policy.parameters(), strict=True):
                 mine.lerp_(theirs.to(mine.dtype), self.alpha)
 
 
-def second_model(reference: Reference | None) -> nn.Module | None:
+def in_memory(reference: Reference | None) -> Frozen | None:
     """The reference's model, where it is in memory."""
-    return reference.model if isinstance(reference, OnlineReference) else None
+    return reference.frozen if isinstance(reference, OnlineReference) else None
 
 
 def cached_values(

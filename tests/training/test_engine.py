@@ -27,7 +27,7 @@ from prefpipe.logps import PairLogps
 from prefpipe.losses import PairScores
 from prefpipe.training import attention
 from prefpipe.training.batches import Example, collate
-from prefpipe.training.engine import Engine, choose_engine
+from prefpipe.training.engine import Engine, Frozen, choose_engine
 from prefpipe.training.head import Head
 from prefpipe.training.reference import CachedReference, OnlineReference, Reference
 
@@ -148,7 +148,7 @@ def prepared(net: nn.Module, engine: Engine) -> nn.Module:
 def reference_of(kind: str, family: str, engine: Engine, rows: list[Example]) -> Reference:
     net = prepared(model(family, seed=1), engine)
     if kind == "online":
-        return OnlineReference(net, rows, engine)
+        return OnlineReference(Frozen(net), rows, engine)
     values = engine.each_token(net, collate(rows, engine.batching, pairwise=True))
     return CachedReference([values[i + side * len(rows)] for i in range(len(rows)) for side in (0, 1)], CPU)
 
@@ -195,7 +195,7 @@ def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head,
         reads = PAIRWISE[name].reads
         if "kl" in reads and reference == "cached":
             continue  # refused: a cache holds no distributions
-        second = frozen.model if isinstance(frozen, OnlineReference) else None
+        second = frozen.frozen if isinstance(frozen, OnlineReference) else None
         net.zero_grad()
         policy = engine.logps(net, rows, pairwise=True, reads=reads, reference=second)
         loss = total(name, policy, frozen.logps(range(len(rows)), reads), rows)
@@ -221,7 +221,7 @@ def test_float32_keeps_five_digits(batching, head):
     value = total(
         "dpo",
         engine.logps(net, rows, pairwise=True),
-        OnlineReference(other, rows, engine).logps(range(5), frozenset()),
+        OnlineReference(Frozen(other), rows, engine).logps(range(5), frozenset()),
         rows,
     )
     value.backward()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefpipe.components import COMPONENTS
-from prefpipe.errors import DataError
+from prefpipe.errors import ConfigError, DataError
 from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
 from prefpipe.records import Pair, prompt_id
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
@@ -192,6 +192,57 @@ def test_a_moving_reference_follows_and_survives_a_kill(tmp_path, tiny_folder, m
     monkeypatch.undo()
     train(job(tmp_path / "killed", tiny_folder, DPO(), training))
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+LORA = ModelConfig(name="tiny", path="builtin:tiny", adapter="lora", adapter_rank=4, adapter_alpha=8.0)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("reference", ["cached", "online"])
+def test_an_adapter_starts_at_ln_2_learns_and_is_merged_at_the_end(tmp_path, tiny_folder, adapter, reference):
+    training = replace(TRAINING, max_steps=8, reference=reference)
+    start = job(tmp_path / "a", tiny_folder, DPO(beta=0.3), training)
+    train(replace(start, model=replace(LORA, adapter=adapter)))
+    losses = [row["train/loss"] for row in metrics(tmp_path / "a")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01
+    model, base = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
+        AutoModelForCausalLM.from_pretrained(tiny_folder),
+    )
+    moved = [n for (n, p), q in zip(model.named_parameters(), base.parameters(), strict=True) if not torch.equal(p, q)]
+    assert moved
+    assert all("proj" in name for name in moved)
+    # A further round starts from the merged weights, with a fresh adapter, at ln 2 again (trl#495).
+    train(replace(job(tmp_path / "b", tmp_path / "a", DPO(), training), model=replace(LORA, adapter=adapter)))
+    assert metrics(tmp_path / "b")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_saved_adapter_is_what_was_merged(tmp_path, tiny_folder):
+    from peft import PeftModel
+
+    train(replace(job(tmp_path, tiny_folder, DPO()), model=LORA))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        apart = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(merged, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_tdpo_reads_the_reference_with_its_adapter_off(tmp_path, tiny_folder):
+    loss = COMPONENTS["loss"]["tdpo"]()
+    train(replace(job(tmp_path / "lora", tiny_folder, loss), model=LORA))
+    train(job(tmp_path / "full", tiny_folder, loss))
+    for folder in ("lora", "full"):
+        losses = [row["train/loss"] for row in metrics(tmp_path / folder)]
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+        assert losses[-1] < losses[0]
+
+
+def test_adapter_targets_that_do_not_exist_are_named(tmp_path, tiny_folder):
+    with pytest.raises(ConfigError, match=r"adapter_targets=\['q_prj'\].*linear layers are .*q_proj"):
+        train(replace(job(tmp_path, tiny_folder, DPO()), model=replace(LORA, adapter_targets=["q_prj"])))
 
 
 def test_runs_share_the_reference_whatever_the_loss(tmp_path, tiny_folder, caplog):
