@@ -33,6 +33,10 @@ class Example(NamedTuple):
     keys: tuple[bytes, bytes] = (b"", b"")
     scores: tuple[float, float] | None = None
 
+    def tokens(self, *, pairwise: bool) -> int:
+        """Of both sides, each with its prompt (SFT: of the chosen one)."""
+        return len(self.prompt) * (1 + pairwise) + len(self.chosen) + len(self.rejected)
+
     @property
     def length(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))

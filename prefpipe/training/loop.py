@@ -1,5 +1,6 @@
 """The training loop, from pairs to a saved checkpoint, top to bottom."""
 
+import hashlib
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from prefpipe.training import adapters, checkpoints
 from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
+from prefpipe.training.diagnostics import FallingChosen, Measured, metrics, speed
 from prefpipe.training.engine import Engine, Frozen, choose_engine, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
 from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, in_memory
@@ -95,8 +97,11 @@ def train(job: Job) -> None:
         moving = {f"reference.{name}": p for name, p in frozen_model.model.named_parameters()}
     else:
         moving = {}
-    first_step = _resume(work, trained | moving, optimizer, accelerator)
+    data = hashlib.sha256(b"".join(key for e in examples for key in e.keys)).hexdigest()
+    first_step = _resume(work, trained | moving, optimizer, accelerator, data=data)
     order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
+    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    falling = FallingChosen()
     metrics_file = (work / "metrics.jsonl").open("ab")
     timing_file = (work / "timing.jsonl").open("ab")
     with progress("train", unit="step", total=num_steps, done=first_step) as shown:
@@ -106,7 +111,7 @@ def train(job: Job) -> None:
             # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
             divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
             rows: list[int] = []
-            measured: list[torch.Tensor] = []
+            measured: list[Measured] = []
             for micro in micro_batches(examples, indices, training.micro_batch_size):
                 batch = [examples[i] for i in micro]
                 with accelerator.autocast():
@@ -115,12 +120,9 @@ def train(job: Job) -> None:
                 out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
                 accelerator.backward(out.loss.sum() / divisor)
                 rows += [examples[i].row for i in micro]
-                rewards = (out.chosen_rewards.double(), out.rejected_rewards.double())
-                measured.append(
-                    torch.stack([out.loss.detach().double(), *rewards, logps.chosen.detach(), logps.rejected.detach()])
-                )
-            values = torch.cat(measured, dim=1).cpu()  # [5, B]
-            _refuse_non_finite(values[0], rows, step)
+                measured.append(Measured.of(out, logps, frozen))
+            values = Measured.of_step(measured)
+            _refuse_non_finite(values.loss, rows, step)
             grad_norm = accelerator.clip_grad_norm_(trained.values(), training.max_grad_norm)
             rate = learning_rate(step, num_steps, training)
             for group in optimizer.param_groups:
@@ -131,22 +133,21 @@ def train(job: Job) -> None:
                 reference.follow(with_gradients, step + 1)
 
             epoch = (step * training.global_batch_size + len(indices)) / len(examples)
-            row = {"step": step + 1, "epoch": round(epoch, 6), **_metrics(values, divisor, pairwise=loss.pairwise)}
-            row |= {"train/grad_norm": float(grad_norm), "train/learning_rate": rate}
+            row = {"step": step + 1, "epoch": round(epoch, 6), "train/learning_rate": rate}
+            row |= {"train/grad_norm": float(grad_norm)}
+            row |= metrics(values, divisor, pairwise=loss.pairwise, with_reference=reference is not None)
+            falling.see(row)
             metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             metrics_file.flush()
-            seconds = time.perf_counter() - started
-            tokens = sum(
-                len(e.prompt) * (1 + loss.pairwise) + len(e.chosen) + len(e.rejected)
-                for e in map(examples.__getitem__, indices)
-            )
-            timing = {"step": step + 1, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+            tokens = sum(examples[i].tokens(pairwise=loss.pairwise) for i in indices)
+            timing = {"step": step + 1} | speed(time.perf_counter() - started, tokens, num_parameters, device)
             timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
             shown.note(f"loss {row['train/loss']:.4f}")
             shown.update()
             if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
                 os.fsync(metrics_file.fileno())
-                _save_state(work, step + 1, trained | moving, optimizer, accelerator, metrics_bytes=metrics_file.tell())
+                extra = {"metrics_bytes": metrics_file.tell(), "data": data}
+                _save_state(work, step + 1, trained | moving, optimizer, accelerator, extra)
 
     metrics_file.close()
     timing_file.close()
@@ -219,21 +220,6 @@ def _scores(batch: list[Example], device: torch.device) -> PairScores:
     return PairScores(chosen, rejected)
 
 
-def _metrics(values: torch.Tensor, divisor: int, *, pairwise: bool) -> dict[str, float]:
-    """Means over the global batch. values: [5, B] loss, chosen and rejected rewards, chosen and rejected logps."""
-    loss, chosen, rejected, chosen_logps, rejected_logps = values
-    metrics = {"train/loss": float(loss.sum()) / divisor, "train/logps/chosen": float(chosen_logps.mean())}
-    if pairwise:
-        metrics |= {
-            "train/logps/rejected": float(rejected_logps.mean()),
-            "train/rewards/chosen": float(chosen.mean()),
-            "train/rewards/rejected": float(rejected.mean()),
-            "train/rewards/margin": float((chosen - rejected).mean()),
-            "train/rewards/accuracy": float((chosen > rejected).double().mean()),
-        }
-    return metrics
-
-
 def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
     bad = [row for row, finite in zip(rows, torch.isfinite(loss).tolist(), strict=True) if not finite]
     if bad:
@@ -249,22 +235,28 @@ def _save_state(
     parameters: dict[str, nn.Parameter],
     optimizer: Any,
     accelerator: Accelerator,
-    *,
-    metrics_bytes: int,
+    extra: dict[str, Any],
 ) -> None:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    checkpoints.save(work / "state", step, parameters, optimizer, {"metrics_bytes": metrics_bytes, "scaler": scaler})
+    checkpoints.save(work / "state", step, parameters, optimizer, {"scaler": scaler, **extra})
 
 
-def _resume(work: Path, parameters: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator) -> int:
+def _resume(
+    work: Path, parameters: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator, *, data: str
+) -> int:
     """Restore the newest state; how many steps are done. The logs are cut back to that step."""
     state = checkpoints.load_newest(work / "state", parameters, optimizer)
-    metrics, done = work / "metrics.jsonl", 0
+    metrics_file, done = work / "metrics.jsonl", 0
     if state is None:
-        metrics.unlink(missing_ok=True)
+        metrics_file.unlink(missing_ok=True)
     else:
+        if state["data"] != data:
+            raise DataError(
+                f"{work / 'state'} is of other data: the pairs, the template or their truncation have changed since; "
+                f"use overwrite=true, or another exp_name"
+            )
         done = int(state["step"])
-        with metrics.open("r+b") as file:
+        with metrics_file.open("r+b") as file:
             file.truncate(state["metrics_bytes"])
         if state["scaler"] and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])

@@ -272,6 +272,14 @@ def test_a_loss_of_scores_names_the_row_without_any(tmp_path, tiny_folder):
         train(job(tmp_path, tiny_folder, COMPONENTS["loss"]["rpo"](), rows=rows))
 
 
+def test_a_state_of_other_data_is_refused(tmp_path, tiny_folder):
+    training = replace(TRAINING, save_every_steps=1)
+    train(job(tmp_path, tiny_folder, DPO(), training))
+    changed = [*pairs()[:-1], replace(pairs()[-1], rejected="#### 77")]
+    with pytest.raises(DataError, match=r"state is of other data: .* overwrite=true"):
+        train(job(tmp_path, tiny_folder, DPO(), training, changed))
+
+
 def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, tiny_folder, caplog):
     training = replace(TRAINING, save_every_steps=1, max_steps=5)
     train(job(tmp_path / "whole", tiny_folder, DPO(), training))

@@ -1,0 +1,134 @@
+"""What a training run says of itself: metrics of a step, its speed and memory, and an alarm."""
+
+import logging
+import resource
+import sys
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefpipe.logps import PairLogps
+from prefpipe.losses import LossOutput
+
+log = logging.getLogger(__name__)
+
+ALARM_WINDOW = 20
+ALARM_FALL = 0.25
+"""Nats a token: chosen tokens are on average e^-0.25 = 0.78 times as likely as under the reference."""
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bf16 floating-point operations per second, by a part of the device's name; from the vendor's data sheets."""
+
+
+class Measured(NamedTuple):
+    """Of a batch of B pairs, all [B] float64, detached. reference_*: 0 where the loss needs none."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @classmethod
+    def of(cls, out: LossOutput, policy: PairLogps, reference: PairLogps | None) -> "Measured":
+        """What a micro-batch gave; stays on its device."""
+        zeros = torch.zeros_like(policy.chosen)
+        frozen = (zeros, zeros) if reference is None else (reference.chosen, reference.rejected)
+        parts = (*out, policy.chosen, policy.rejected, *frozen, policy.chosen_tokens, policy.rejected_tokens)
+        return cls(*(part.detach().double() for part in parts))
+
+    @classmethod
+    def of_step(cls, micro_batches: "list[Measured]") -> "Measured":
+        """Those of a step together, on the CPU: the one transfer of the step."""
+        return cls(*torch.cat([torch.stack(part) for part in micro_batches], dim=1).cpu())
+
+
+def metrics(values: Measured, divisor: int, *, pairwise: bool, with_reference: bool) -> dict[str, float]:
+    """Means over the global batch.
+
+    rewards/accuracy_longer, accuracy_shorter: over the pairs whose chosen side has more, and fewer, tokens than the
+    rejected one: far apart, they tell that length is what was learnt. log_ratio: policy - reference, nats per token.
+    """
+    found = {"train/loss": float(values.loss.sum()) / divisor, "train/logps/chosen": float(values.chosen.mean())}
+    if not pairwise:
+        return found
+    margin = values.chosen_rewards - values.rejected_rewards
+    right = (margin > 0).double()
+    found |= {
+        "train/logps/rejected": float(values.rejected.mean()),
+        "train/rewards/chosen": float(values.chosen_rewards.mean()),
+        "train/rewards/rejected": float(values.rejected_rewards.mean()),
+        "train/rewards/margin": float(margin.mean()),
+        "train/rewards/accuracy": float(right.mean()),
+    }
+    longer = values.chosen_tokens - values.rejected_tokens
+    for name, part in (("longer", longer > 0), ("shorter", longer < 0)):
+        if part.any():
+            found[f"train/rewards/accuracy_{name}"] = float(right[part].mean())
+    if with_reference:
+        found["train/log_ratio/chosen"] = float(
+            _per_token(values.chosen, values.reference_chosen, values.chosen_tokens)
+        )
+        found["train/log_ratio/rejected"] = float(
+            _per_token(values.rejected, values.reference_rejected, values.rejected_tokens)
+        )
+    return found
+
+
+def _per_token(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+    return (policy - reference).sum() / tokens.sum()
+
+
+class FallingChosen:
+    """Warns once when chosen completions have become much less likely, which a falling loss does not show."""
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=ALARM_WINDOW)
+        self.warned = False
+
+    def see(self, row: dict[str, float]) -> None:
+        """Takes the metrics of a step."""
+        self.recent.append(row.get("train/log_ratio/chosen", 0.0))
+        mean = sum(self.recent) / ALARM_WINDOW
+        if mean < -ALARM_FALL and not self.warned:
+            self.warned = True
+            log.warning(
+                "chosen completions have become less likely than under the reference, by %.2f nats a token over the "
+                "last %d steps; a loss that holds them up is loss=dpop, or any with loss.nll_weight=1; a lower "
+                "training.learning_rate or a higher loss.beta helps too",
+                -mean,
+                len(self.recent),
+            )
+
+
+def speed(seconds: float, tokens: int, parameters: int, device: torch.device) -> dict[str, float]:
+    """Of one step: tokens as plain batching would compute them, floating-point operations for those, memory.
+
+    mfu: model FLOPs utilization, 6 x parameters x tokens per second over what the device can do in bf16; on a known GPU
+    only. Prefix sharing computes less than that, so that it may pass 1.
+    """
+    flops = 6.0 * parameters * tokens / seconds
+    row = {
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "tflops": round(flops / 1e12, 4),
+        "peak_memory_gb": round(_peak_bytes(device) / 1e9, 3),
+    }
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+        if peak:
+            row["mfu"] = round(flops / peak, 4)
+    return row
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
