@@ -137,7 +137,9 @@ class TrainingConfig:
 
     learning_rate: peak, after warm-up. schedule: cosine or linear down to 0, or constant.
     global_batch_size: pairs (SFT: examples) per optimizer step; accumulation follows from it and changes no result.
-    micro_batch_size: pairs per forward pass. max_steps: overrides num_epochs.
+    micro_batch_size: at most so many pairs per forward pass. micro_batch_tokens: and at most so many tokens, prompts
+        counted for both sides, so that memory depends little on lengths; null: no limit.
+    max_steps: overrides num_epochs.
     max_tokens: prompt and completion together; max_prompt_tokens: the prompt is cut at its start to this when the whole
         is too long. on_too_long: "truncate", or "drop" (counted).
     batching: "padded" gives each completion a row of its own; "packed" lays all of a micro-batch into one row, without
@@ -161,6 +163,7 @@ class TrainingConfig:
     max_steps: int | None = None
     global_batch_size: int = 32
     micro_batch_size: int = 8
+    micro_batch_tokens: int | None = None
     max_tokens: int = 2048
     max_prompt_tokens: int = 1536
     on_too_long: str = "truncate"
@@ -183,7 +186,7 @@ class TrainingConfig:
         for key in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be above 0")
-        for key in ("max_steps", "save_every_steps"):
+        for key in ("max_steps", "save_every_steps", "micro_batch_tokens"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be at least 1, or null")
         if not 0 <= self.warmup_fraction <= 1:
@@ -263,7 +266,7 @@ class SelectionConfig:
         if "transform" in reads[self.name]:
             check_choice("selection.transform", self.transform or "null", ("none", "sigmoid", "exp"))
         if self.name == "column" and not self.column:
-            raise ConfigError("selection.column must name the key of meta that holds the number; selection=column")
+            raise ConfigError("selection.column=null must be the key of meta that holds the number")
         if self.name == "strength":
             self.strength = self._checked_strength()
         if self.max_weight is not None:
@@ -290,8 +293,8 @@ class SelectionConfig:
                 )
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 raise ConfigError(
-                    f"selection.strength gives difference {difference} the weight {weight!r}, which must be a number of "
-                    f"at least 0; 0 leaves such pairs out"
+                    f"selection.strength gives difference {difference} the weight {weight!r}, which must be a number "
+                    f"and at least 0; 0 leaves such pairs out"
                 )
         return {OTHER_DIFFERENCES: 1.0} | {key: float(weight) for key, weight in given.items()}
 

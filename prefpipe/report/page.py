@@ -36,6 +36,20 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str, bool], ...]], ...] = (
         (("train/rewards/accuracy", "accuracy", "plain", False),),
     ),
     (
+        "Reward accuracy by length: where the chosen side is longer, and shorter",
+        (
+            ("train/rewards/accuracy_longer", "chosen is longer", "chosen", False),
+            ("train/rewards/accuracy_shorter", "chosen is shorter", "rejected", True),
+        ),
+    ),
+    (
+        "Log-probabilities under policy minus reference, nats per token",
+        (
+            ("train/log_ratio/chosen", "chosen", "chosen", False),
+            ("train/log_ratio/rejected", "rejected", "rejected", True),
+        ),
+    ),
+    (
         "Log-probabilities of chosen and rejected, nats",
         (("train/logps/chosen", "chosen", "chosen", False), ("train/logps/rejected", "rejected", "rejected", True)),
     ),

@@ -64,8 +64,8 @@ class PolicyUnderTest:
                 "pair accuracy: %d of %d pairs cannot be encoded: %s", len(pairs) - len(examples), len(pairs), counts
             )
         weights = models.load_weights(self.model, self.folder, dtype=torch.float32, device=device).eval()
-        engine = choose_engine(self.training.batching, self.training.head, weights, examples, device=device)
-        logps = engine.all_logps(weights, examples, batch_size=self.training.micro_batch_size)
+        engine = choose_engine(self.training, weights, examples, device=device)
+        logps = engine.all_logps(weights, examples, self.training)
         columns = (logps.chosen, logps.chosen_tokens, logps.rejected, logps.rejected_tokens)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 

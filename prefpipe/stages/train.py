@@ -45,10 +45,12 @@ def train(
             f"training.micro_batch_size={training.micro_batch_size}; nearest legal values are "
             f"{' and '.join(map(str, legal))}"
         )
-    if loss.batch_wise and training.global_batch_size != training.micro_batch_size:
+    whole = training.global_batch_size == training.micro_batch_size and training.micro_batch_tokens is None
+    if loss.batch_wise and not whole:
         raise ConfigError(
             f"loss={loss.name} compares the pairs of a batch with each other, so a global batch cannot be cut: set "
-            f"training.micro_batch_size={training.global_batch_size}, as training.global_batch_size"
+            f"training.micro_batch_size={training.global_batch_size}, as training.global_batch_size, and "
+            f"training.micro_batch_tokens=null"
         )
     if "kl" in loss.reads and training.reference == "cached":
         raise ConfigError(

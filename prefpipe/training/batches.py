@@ -148,10 +148,21 @@ def data_order(num_examples: int, total: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def micro_batches(examples: Sequence[Example], indices: Sequence[int], size: int) -> list[list[int]]:
-    """One global batch as micro-batches of similar length, longest first (so that memory runs out at once or never)."""
-    ordered = sorted(indices, key=lambda index: (-examples[index].length, index))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def micro_batches(examples: Sequence[Example], indices: Sequence[int], training: TrainingConfig) -> list[list[int]]:
+    """Some examples as micro-batches of similar length, longest first, so that memory runs out at once or never.
+
+    Equal prompts come together. A pair longer than training.micro_batch_tokens stands alone.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(indices, key=lambda i: (-examples[i].length, examples[i].prompt.tobytes(), i)):
+        tokens += examples[index].tokens(pairwise=True)
+        full = not batches or len(batches[-1]) == training.micro_batch_size
+        if full or (training.micro_batch_tokens is not None and tokens > training.micro_batch_tokens):
+            batches.append([])
+            tokens = examples[index].tokens(pairwise=True)
+        batches[-1].append(index)
+    return batches
 
 
 def collate(examples: Sequence[Example], batching: str, *, pairwise: bool) -> Batch:

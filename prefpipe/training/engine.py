@@ -1,9 +1,9 @@
 """Log-probabilities of completions under a model: what the loop, the reference and the evaluation share."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
+from prefpipe.settings import TrainingConfig
 from prefpipe.training.attention import DOCUMENTS, set_attention
-from prefpipe.training.batches import Batch, Example, collate
+from prefpipe.training.batches import Batch, Example, collate, micro_batches
 from prefpipe.training.head import Head, TokenLogps, token_kl, token_logps
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,11 @@ class Engine:
         return np.split(logps.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
 
     def all_logps(
-        self, model: nn.Module, examples: Sequence[Example], *, batch_size: int, pairwise: bool = True
+        self, model: nn.Module, examples: Sequence[Example], training: TrainingConfig, *, pairwise: bool = True
     ) -> PairLogps:
-        """PairLogps of every example, [N] each on the CPU, no gradients."""
+        """PairLogps of every example, [N] each on the CPU, no gradients, in micro-batches as training makes them."""
         sums = torch.zeros(2, len(examples), dtype=torch.float64)
-        for chunk in in_length_order(examples, batch_size):
+        for chunk in micro_batches(examples, range(len(examples)), training):
             batch = collate([examples[i] for i in chunk], self.batching, pairwise=pairwise)
             found = [float(values.sum(dtype=np.float64)) for values in self.each_token(model, batch)]
             sums[: 1 + pairwise, chunk] = torch.tensor(found, dtype=torch.float64).view(1 + pairwise, -1)
@@ -123,16 +124,8 @@ class Engine:
         return PairLogps(sums[0], sums[1], tokens[0], tokens[1] if pairwise else torch.ones_like(tokens[1]))
 
 
-def in_length_order(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of examples, so many at a time: similar lengths and equal prompts together, longest first."""
-    order = sorted(range(len(examples)), key=lambda i: (-examples[i].length, examples[i].prompt.tobytes(), i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def choose_engine(
-    batching: str,
-    head: str,
+    training: TrainingConfig,
     model: PreTrainedModel,
     examples: Sequence[Example],
     *,
@@ -148,12 +141,14 @@ def choose_engine(
     """
     shortest = sorted(examples, key=lambda e: (e.length, e.row))[:2]
     oracle = Engine(device, own_logits=True)
-    expected = oracle.all_logps(model, shortest, batch_size=1, pairwise=pairwise)
+    expected = oracle.all_logps(model, shortest, replace(training, micro_batch_size=1), pairwise=pairwise)
+    batching = training.batching
     candidates = ["shared", "packed", "padded"] if batching == "auto" else [batching]
     own_attention = str(model.config._attn_implementation)
     for candidate in candidates:
-        for engine in (Engine(device, candidate, head), Engine(device, candidate, head, own_logits=True)):
-            reason = _why_not(engine, model, shortest, expected, own_attention, pairwise=pairwise)
+        plain = Engine(device, candidate, training.head)
+        for engine in (plain, replace(plain, own_logits=True)):
+            reason = _why_not(engine, model, shortest, expected, own_attention, training, pairwise=pairwise)
             if reason is None:
                 return engine
             set_attention(model, own_attention)
@@ -167,14 +162,16 @@ def _why_not(
     examples: Sequence[Example],
     expected: PairLogps,
     attention: str,
+    training: TrainingConfig,
     *,
     pairwise: bool,
 ) -> str | None:
     if engine.batching != "padded" and attention not in ("sdpa", "eager", DOCUMENTS):
         return f"model.attention={attention} keeps no documents apart in one row"
     engine.prepare(model)
+    together = replace(training, micro_batch_size=2, micro_batch_tokens=None)
     try:
-        found = engine.all_logps(model, examples, batch_size=2, pairwise=pairwise)
+        found = engine.all_logps(model, examples, together, pairwise=pairwise)
     except (TypeError, ValueError, AttributeError) as error:
         return f"the model's family cannot ({error})"
     for mine, theirs in ((found.chosen, expected.chosen), (found.rejected, expected.rejected)):

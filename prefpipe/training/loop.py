@@ -81,7 +81,7 @@ def train(job: Job) -> None:
 
     policy = _load(job, job.policy, device)
     own_attention = str(policy.config._attn_implementation)
-    engine = choose_engine(training.batching, training.head, policy, examples, device=device, pairwise=loss.pairwise)
+    engine = choose_engine(training, policy, examples, device=device, pairwise=loss.pairwise)
     log.info("log-probabilities: batching %s, head %s", engine.batching, engine.head)
     with_gradients = with_adapter(policy, job.model)
     reference = _reference(job, with_gradients, examples, engine, accelerator) if loss.needs_reference else None
@@ -112,7 +112,7 @@ def train(job: Job) -> None:
             divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
             rows: list[int] = []
             measured: list[Measured] = []
-            for micro in micro_batches(examples, indices, training.micro_batch_size):
+            for micro in micro_batches(examples, indices, training):
                 batch = [examples[i] for i in micro]
                 with accelerator.autocast():
                     frozen = None if reference is None else reference.logps(micro, loss.reads)
@@ -203,7 +203,7 @@ def _reference(
             examples,
             engine,
             cache=cache,
-            batch_size=training.micro_batch_size,
+            training=training,
             snapshot=job.work / "reference_logps.safetensors",
         )
     return CachedReference(values, engine.device)

@@ -11,8 +11,9 @@ from torch import nn
 
 from prefpipe.logps import PairLogps
 from prefpipe.progress import progress
-from prefpipe.training.batches import Example, collate
-from prefpipe.training.engine import Engine, Frozen, in_length_order
+from prefpipe.settings import TrainingConfig
+from prefpipe.training.batches import Example, collate, micro_batches
+from prefpipe.training.engine import Engine, Frozen
 from prefpipe.training.reference_cache import ReferenceCache
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def cached_values(
     engine: Engine,
     *,
     cache: ReferenceCache,
-    batch_size: int,
+    training: TrainingConfig,
     snapshot: Path,
 ) -> list[np.ndarray]:
     """Values for CachedReference, out of the snapshot, out of the cache, or computed now.
@@ -108,7 +109,7 @@ def cached_values(
     if not snapshot.is_file():
         keys = [key for e in examples for key in e.keys]
         with cache.lock():
-            values = _filled(model, examples, engine, cache=cache, keys=keys, lengths=lengths, batch_size=batch_size)
+            values = _filled(model, examples, engine, cache=cache, keys=keys, lengths=lengths, training=training)
         aside = snapshot.with_suffix(".tmp")
         save_file({"logps": np.concatenate(values), "lengths": np.array(lengths)}, aside)
         aside.rename(snapshot)
@@ -124,10 +125,10 @@ def _filled(
     cache: ReferenceCache,
     keys: Sequence[bytes],
     lengths: Sequence[int],
-    batch_size: int,
+    training: TrainingConfig,
 ) -> list[np.ndarray]:
     known = [value is not None for value in cache.get(keys, lengths)]
-    chunks = list(in_length_order(examples, batch_size))
+    chunks = micro_batches(examples, range(len(examples)), training)
     wanted = [chunk for chunk in chunks if not all(known[2 * i] and known[2 * i + 1] for i in chunk)]
     log.info("reference: %d of %d completions are in the cache", sum(known), len(known))
     with progress("reference", unit="batch", total=len(wanted)) as shown:

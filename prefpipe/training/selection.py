@@ -1,7 +1,7 @@
 """Which pairs are trained on, how often, and how much each counts: a random subset, or weights as chances or factors.
 
-A choice depends on the seed and on what the pairs say, never on their order, and a smaller budget takes a subset of what
-a larger one takes. Weights by score difference and the random subset follow When2RL (`preference_config`,
+A choice depends on the seed and on what the pairs say, never on their order; a smaller budget takes a subset of what a
+larger one takes. Weights by score difference and the random subset follow When2RL (`preference_config`,
 `--max_data_size`), whose authors do not say whether a weight is a chance or a factor; here the config does.
 """
 
@@ -148,8 +148,8 @@ def _number(pair: Pair, row: int, selection: SelectionConfig) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise DataError(
-            f"row {row} of inputs.pairs: selection.column={column} is {str(value)[:40]!r}, not a finite number; mend or "
-            f"leave out the row"
+            f"row {row} of inputs.pairs: selection.column={column} is {str(value)[:40]!r}, not a finite number; mend "
+            f"or leave out the row"
         )
     return number
 
@@ -189,12 +189,12 @@ def _repeated(
     allowed: Sequence[int], chances: Sequence[float], draws: Sequence[float], selection: SelectionConfig
 ) -> list[int]:
     """Each pair as often as the whole part of its weight says, and once more with its fraction as the chance."""
-    total = math.fsum(chances[index] for index in allowed)
+    total = sum(chances[index] for index in allowed)
     if total > MAX_GROWTH * len(allowed):
         largest = max(chances)
         remedy = "selection.strength" if selection.name == "strength" else "selection.max_weight"
         raise DataError(
-            f"selection={selection.name} would repeat {len(allowed)} pairs to about {total:.3g}, more than {MAX_GROWTH} "
+            f"selection={selection.name} would repeat {len(allowed)} pairs to about {total:.3g}, over {MAX_GROWTH} "
             f"times as many, as the largest weight is {largest:.3g}; lower {remedy}, set selection.budget, or use "
             f"selection.apply=loss"
         )

@@ -125,8 +125,18 @@ def example(row: int, prompt: int, chosen: int, rejected: int) -> Example:
 
 def test_micro_batches_are_a_partition_longest_first():
     examples = [example(i, 1 + i % 3, 2 + i, 1) for i in range(7)]
-    cut = micro_batches(examples, [3, 1, 4, 6, 0], 2)
+    cut = micro_batches(examples, [3, 1, 4, 6, 0], TrainingConfig(micro_batch_size=2))
     assert cut == [[6, 4], [3, 1], [0]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 60))
+def test_a_token_budget_holds_but_for_pairs_that_are_longer_alone(sizes, budget):
+    examples = [example(i, prompt, completion, 1) for i, (prompt, completion) in enumerate(sizes)]
+    cut = micro_batches(examples, range(len(sizes)), TrainingConfig(micro_batch_size=5, micro_batch_tokens=budget))
+    assert sorted(i for batch in cut for i in batch) == list(range(len(sizes)))
+    for batch in cut:
+        assert 1 <= len(batch) <= 5
+        assert len(batch) == 1 or sum(examples[i].tokens(pairwise=True) for i in batch) <= budget
 
 
 def flat(*rows: list[int]) -> list[int]:

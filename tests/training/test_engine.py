@@ -25,6 +25,7 @@ from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.losses import PairScores
+from prefpipe.settings import TrainingConfig
 from prefpipe.training import attention
 from prefpipe.training.batches import Example, collate
 from prefpipe.training.engine import Engine, Frozen, choose_engine
@@ -278,7 +279,7 @@ def test_all_logps_keep_the_order_of_the_examples(batching):
     rows = examples(4, count=9)
     expected = by_hand(model("llama"), rows)
     engine = Engine(CPU, batching)
-    out = engine.all_logps(prepared(model("llama"), engine), rows, batch_size=2)
+    out = engine.all_logps(prepared(model("llama"), engine), rows, TrainingConfig(micro_batch_size=2))
     assert out.chosen.tolist() == pytest.approx(expected.chosen.tolist(), rel=1e-6)
     assert out.rejected.tolist() == pytest.approx(expected.rejected.tolist(), rel=1e-6)
 
@@ -327,7 +328,7 @@ def test_chunked_and_frozen_heads_keep_no_logits_for_the_backward_pass():
 
 def test_auto_shares_prompts_where_the_family_allows_it():
     for family in ("llama", "gemma2", "mistral", "qwen3"):
-        assert choose_engine("auto", "auto", model(family), examples(), device=CPU) == Engine(CPU, "shared")
+        assert choose_engine(TrainingConfig(), model(family), examples(), device=CPU) == Engine(CPU, "shared")
 
 
 def test_a_family_that_overlooks_documents_is_found_out(monkeypatch, caplog):
@@ -340,16 +341,16 @@ def test_a_family_that_overlooks_documents_is_found_out(monkeypatch, caplog):
     real = attention.documents_attention
     monkeypatch.setattr(attention, "documents_attention", forgetful)
     caplog.set_level("INFO")
-    assert choose_engine("auto", "auto", model("llama"), examples(), device=CPU) == Engine(CPU, "padded")
+    assert choose_engine(TrainingConfig(), model("llama"), examples(), device=CPU) == Engine(CPU, "padded")
     assert "batching shared: its log-probabilities differ from the model's own" in caplog.text
     with pytest.raises(ConfigError, match=r"training\.batching=shared: its log-probabilities differ"):
-        choose_engine("shared", "auto", model("llama"), examples(), device=CPU)
+        choose_engine(TrainingConfig(batching="shared"), model("llama"), examples(), device=CPU)
 
 
 def test_a_head_that_ours_does_not_reproduce_is_left_to_the_model(monkeypatch):
     net, rows = model("cohere"), examples()
     monkeypatch.setattr(Head, "of", classmethod(lambda cls, model: cls(model.get_output_embeddings())))
-    engine = choose_engine("auto", "auto", net, rows, device=CPU)
+    engine = choose_engine(TrainingConfig(), net, rows, device=CPU)
     assert engine == Engine(CPU, "shared", own_logits=True)
     expected = by_hand(model("cohere"), rows).chosen.tolist()
     assert engine.logps(net, rows, pairwise=True).chosen.tolist() == pytest.approx(expected)
