@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from prefpipe import suggest
@@ -177,6 +177,9 @@ class Checker:
     def _unknown_override(self, override: Override, base: DictConfig) -> str | None:
         key, parent_key = override.key_or_group, override.key_or_group.rpartition(".")[0]
         parent = OmegaConf.select(base, parent_key, throw_on_missing=False) if parent_key else None
+        if parent is None and parent_key in _open_mappings(base):
+            name, value = key.rpartition(".")[2], str(override.input_line).partition("=")[2]
+            return f"no such config key: {key}; give the whole mapping: {parent_key}='{{{name}: {value}}}'"
         if not isinstance(parent, DictConfig) or any(map(dataclasses.is_dataclass, _types(parent))):
             return self._unknown_key(override.get_key_element().lstrip("+~"), base)
         if override.is_add() or override.is_force_add():
@@ -227,6 +230,11 @@ def point_name(overrides: Sequence[str]) -> str:
 _NOT_IN_POINT_NAME = re.compile(
     r"(stage|exp_name|point|round|overwrite|plan|experiment|((paths|inputs|hydra|hardware|tracking|task)([./][^=]*)?))="
 )
+
+
+def _open_mappings(cfg: DictConfig) -> set[str]:
+    """Keys that are null and take a mapping of the user's own names."""
+    return {key for key, node in _nodes(cfg) if isinstance(node, AnyNode) and not key.startswith(("inputs.", "hydra."))}
 
 
 def _types(node: DictConfig) -> tuple[Any, Any]:

@@ -126,6 +126,7 @@ class Command:
             reference=Path(run.inputs.reference) if run.inputs.reference else policy,
             loss=run.loss,
             training=run.training,
+            selection=run.selection,
             hardware=run.hardware,
             seed=run.seed,
             freeze=self._freeze_for_worker,

@@ -1,6 +1,7 @@
 """The data-only config groups: no code to choose, so a new option is one YAML. Components keep their own knobs."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,7 +12,7 @@ from prefpipe.errors import ConfigError
 MISSING: Any = "???"
 """OmegaConf's mark for a value that must be given; spelt out so that this module needs no omegaconf."""
 
-OTHER_DIFFERENCES = -100
+OTHER_DIFFERENCES = "-100"
 """In selection.strength: every difference that is not listed."""
 
 
@@ -89,12 +90,13 @@ class SourceConfig:
     subset: str | None = None
     revision: str | None = None
     format: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Any = None
     num: int | None = None
     heldout: str = "by_hash"
     licence: str = ""
 
     def __post_init__(self) -> None:
+        self.columns = mapping("source.columns", self.columns, str)
         check_choice("source.heldout", self.heldout, ("by_hash", "all", "none"))
         if self.num is not None and self.num < 1:
             raise ConfigError(f"source.num={self.num} must be at least 1; leave it null to take every row")
@@ -113,10 +115,10 @@ class DataMixerConfig:
 
     name: str = MISSING
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: Any = None
     spec: str = ""
     format: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Any = None
     heldout_fraction: float = 0.1
     max_bad_fraction: float = 0.01
 
@@ -124,6 +126,8 @@ class DataMixerConfig:
         for key in ("heldout_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"data_mixer.{key}={getattr(self, key)} must be between 0 and 1")
+        self.columns = mapping("data_mixer.columns", self.columns, str)
+        self.weights = mapping("data_mixer.weights", self.weights, float)
         for source, weight in self.weights.items():
             if source not in self.sources:
                 raise ConfigError(f"data_mixer.weights.{source}: no such source; there are {', '.join(self.sources)}")
@@ -278,15 +282,15 @@ class SelectionConfig:
                     f"weights are at most 1; drop it"
                 )
 
-    def _checked_strength(self) -> dict[int, float]:
-        """With whole numbers as keys and a default."""
+    def _checked_strength(self) -> dict[str, float]:
+        """With a default; whole numbers as text, as a manifest has no other keys."""
         given = {} if self.strength is None else self.strength
         if not isinstance(given, Mapping):
             raise ConfigError(
                 f"selection.strength={given} must map differences to weights, e.g. {{-100: 1.0, 1: 2.0, 5: 0.5}}"
             )
         for difference, weight in given.items():
-            if isinstance(difference, bool) or not isinstance(difference, int):
+            if isinstance(difference, bool) or not re.fullmatch(r"-?[0-9]+", str(difference)):
                 raise ConfigError(
                     f"selection.strength holds the difference {difference!r}, which must be a whole number, as "
                     f"differences are rounded; -100 stands for all that are not listed"
@@ -296,7 +300,7 @@ class SelectionConfig:
                     f"selection.strength gives difference {difference} the weight {weight!r}, which must be a number "
                     f"and at least 0; 0 leaves such pairs out"
                 )
-        return {OTHER_DIFFERENCES: 1.0} | {key: float(weight) for key, weight in given.items()}
+        return {OTHER_DIFFERENCES: 1.0} | {str(int(key)): float(weight) for key, weight in given.items()}
 
 
 @dataclass
@@ -375,6 +379,22 @@ class InputsConfig:
     pairs: Any = None
     checkpoint: str | None = None
     reference: str | None = None
+
+
+def mapping(key: str, value: Any, kind: type[str] | type[float]) -> dict[str, Any]:
+    """A dict of text to text or to numbers; {} for null. Raises ConfigError for anything else.
+
+    Such a key is null by default and of any type, as OmegaConf lets the command line add nothing to a typed dict.
+    """
+    allowed = (str,) if kind is str else (int, float)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(item, allowed) and not isinstance(item, bool) for item in value.values()
+    ):
+        example = "{prompt: question}" if kind is str else "{gsm8k: 0.5}"
+        raise ConfigError(f"{key}={value} must be a mapping such as {example}")
+    return {str(name): item for name, item in value.items()}
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -126,7 +126,7 @@ def refused(result: Result) -> str:
         ("inputs.pairs=a=b", "quote a value with = or , in it: 'key=\"a=b\"'"),
         (
             "data_mixer.columns.prompt=q",
-            "names under data_mixer.columns are your own: write +data_mixer.columns.prompt=q",
+            "no such config key: data_mixer.columns.prompt; give the whole mapping: data_mixer.columns='{prompt: q}'",
         ),
         ("evaluate", "'evaluate' is neither a flag nor an override; did you mean stage=evaluate?"),
         ("--mutlirun", "no such flag: --mutlirun; nearest: --multirun"),

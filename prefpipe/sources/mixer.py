@@ -73,7 +73,7 @@ def ingredients(mixer: DataMixerConfig) -> list[Ingredient]:
     for path, share in entries:
         # Two files of one name keep their folders, so that the counts can tell them apart.
         name = path if file_names[Path(path).name] > 1 or ":" in path else Path(path).name
-        source = SourceConfig(path=path, format=mixer.format, columns=dict(mixer.columns))
+        source = SourceConfig(path=path, format=mixer.format, columns=mixer.columns)
         if name in {other.name for other in found}:
             raise ConfigError(f"data_mixer.spec: two sources are named {name}; take the file once, with a larger share")
         found.append(Ingredient(name, source, share))

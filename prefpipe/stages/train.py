@@ -10,7 +10,7 @@ from prefpipe.artifacts import Plan
 from prefpipe.errors import ConfigError
 from prefpipe.losses import Loss
 from prefpipe.processes import run_process
-from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
 
 SCHEMA = "checkpoint/1"
 SCRATCH = ("state", "progress", "plan.json", "reference_logps.safetensors", "timing.jsonl", "provenance.json")
@@ -26,6 +26,7 @@ def train(
     reference: Path,
     loss: Loss,
     training: TrainingConfig,
+    selection: SelectionConfig,
     hardware: HardwareConfig,
     seed: int,
     freeze: Callable[[dict[str, object]], Path],
@@ -52,6 +53,11 @@ def train(
             f"training.micro_batch_size={training.global_batch_size}, as training.global_batch_size, and "
             f"training.micro_batch_tokens=null"
         )
+    if loss.batch_wise and selection.apply == "loss":
+        raise ConfigError(
+            f"selection.apply=loss multiplies each pair's loss, and loss={loss.name} has none of a pair alone; use "
+            f"selection.apply=sampling"
+        )
     if "kl" in loss.reads and training.reference == "cached":
         raise ConfigError(
             f"loss={loss.name} needs the reference's whole distributions, which training.reference=cached does not "
@@ -65,6 +71,7 @@ def train(
     uses = {
         "loss": loss,
         "training": training,
+        "selection": selection,
         "precision": hardware.precision,
         "device": hardware.device,
         "model": models.model_uses(model, policy) | models.adapter_uses(model),

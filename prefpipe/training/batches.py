@@ -12,9 +12,10 @@ from torch import Tensor
 from prefpipe.errors import DataError
 from prefpipe.prompts import ChatTemplate, Encoded, TemplateError
 from prefpipe.records import Pair, Split
-from prefpipe.settings import TrainingConfig
+from prefpipe.settings import SelectionConfig, TrainingConfig
 from prefpipe.training.attention import Document
 from prefpipe.training.reference_cache import completion_key
+from prefpipe.training.selection import pair_id, pair_weight
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ class Example(NamedTuple):
     """One pair as token ids; for SFT the rejected side is empty.
 
     row: its number in the input artifact, for error messages. keys: of both sides in the reference cache. scores: of
-    both sides, where they came with the pair. length: of the longer side, prompt included.
+    both sides, where they came with the pair. pair_id: of what the pair says, whatever its row. weight: of the pair,
+    by SelectionConfig. length: of the longer side, prompt included.
     """
 
     row: int
@@ -32,6 +34,8 @@ class Example(NamedTuple):
     rejected: np.ndarray
     keys: tuple[bytes, bytes] = (b"", b"")
     scores: tuple[float, float] | None = None
+    pair_id: str = ""
+    weight: float = 1.0
 
     def tokens(self, *, pairwise: bool) -> int:
         """Of both sides, each with its prompt (SFT: of the chosen one)."""
@@ -77,6 +81,7 @@ def encode(
     *,
     pairwise: bool,
     split: Split = Split.train,
+    selection: SelectionConfig | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Token ids of every pair of one split, and how many were truncated, dropped or refused, by reason.
 
@@ -107,7 +112,9 @@ def encode(
         room = training.max_tokens - len(prompt)
         shown, *whole = (np.array(ids, np.int32) for ids in (prompt, chosen.completion, rejected.completion))
         keys = (completion_key(shown, whole[0]), completion_key(shown, whole[1]))
-        examples.append(Example(row, shown, whole[0][:room], whole[1][:room], keys, _scores(pair)))
+        weight = 1.0 if selection is None else pair_weight(pair, row, selection)
+        completions = (whole[0][:room], whole[1][:room])
+        examples.append(Example(row, shown, *completions, keys, _scores(pair), pair_id(pair), weight))
     if first_refusal:
         log.warning("some rows cannot be rendered; the first is %s", first_refusal)
     if not examples:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from prefpipe.losses import Loss, PairScores
 from prefpipe.progress import progress
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
-from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
 from prefpipe.training import adapters, checkpoints
 from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
@@ -34,6 +34,7 @@ from prefpipe.training.engine import Engine, Frozen, choose_engine, without_drop
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
 from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, in_memory
 from prefpipe.training.reference_cache import ReferenceCache
+from prefpipe.training.selection import select
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Job:
     seed: int
     work: Path
     cache: Path
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 def train(job: Job) -> None:
@@ -73,7 +75,12 @@ def train(job: Job) -> None:
 
     tokenizer = models.load_tokenizer(job.model, job.policy)
     template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, job.policy))
-    examples, counts = encode(job.pairs, template, training, pairwise=loss.pairwise)
+    examples, counts = encode(job.pairs, template, training, pairwise=loss.pairwise, selection=job.selection)
+    selected = select([e.pair_id for e in examples], [e.weight for e in examples], job.selection, job.seed)
+    examples = [
+        examples[i]._replace(weight=weight) for i, weight in zip(selected.indices, selected.weights, strict=True)
+    ]
+    counts += selected.counts
     write_json(work / "data_counts.json", dict(counts))
     num_steps, num_drawn = run_length(len(examples), training)
     log.info("%s, %d steps, %d examples %s", loss.describe(), num_steps, len(examples), dict(counts))
@@ -118,6 +125,8 @@ def train(job: Job) -> None:
                     frozen = None if reference is None else reference.logps(micro, loss.reads)
                     logps = engine.logps(model, batch, pairwise=loss.pairwise, reads=loss.reads, reference=frozen_model)
                 out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
+                if job.selection.apply == "loss":
+                    out = out._replace(loss=out.loss * out.loss.new_tensor([example.weight for example in batch]))
                 accelerator.backward(out.loss.sum() / divisor)
                 rows += [examples[i].row for i in micro]
                 measured.append(Measured.of(out, logps, frozen))

@@ -50,8 +50,8 @@ def pair_weight(pair: Pair, row: int, selection: SelectionConfig) -> float:
     if selection.name in ("none", "random"):
         return 1.0
     if selection.name == "strength":
-        default = selection.strength[OTHER_DIFFERENCES]
-        return float(selection.strength.get(rounded(_score_difference(pair, row, selection)), default))
+        difference = str(rounded(_score_difference(pair, row, selection)))
+        return float(selection.strength.get(difference, selection.strength[OTHER_DIFFERENCES]))
     number = _score_difference(pair, row, selection) if selection.name == "margin" else _number(pair, row, selection)
     weight = _transformed(number, selection.transform)
     if weight < 0:

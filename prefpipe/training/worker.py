@@ -41,6 +41,7 @@ def main() -> None:
                 seed=run.seed,
                 work=args.work,
                 cache=Path(run.paths.cache),
+                selection=run.selection,
             )
         )
     logging.shutdown()

@@ -15,7 +15,7 @@ from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
 from prefpipe.records import Pair, prompt_id
-from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
+from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
 from prefpipe.training import loop
 from prefpipe.training.loop import Job, train
 
@@ -317,3 +317,41 @@ def test_the_reference_stays_what_it_was(tmp_path, tiny_folder):
     against_base = replace(job(tmp_path / "third", tmp_path / "first", DPO()), reference=tiny_folder)
     train(against_base)
     assert abs(metrics(tmp_path / "third")[0]["train/loss"] - math.log(2)) > 1e-3
+
+
+def selected(work: Path, folder: Path, rows: list[Pair], training: TrainingConfig, loss: Loss, **settings) -> Path:
+    train(replace(job(work, folder, loss, training, rows), selection=SelectionConfig(**settings)))
+    return work
+
+
+SLOW = replace(TRAINING, max_steps=3, optimizer="sgd", learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("loss", [DPO(), SFT()], ids=["dpo", "sft"])
+def test_equal_weights_of_any_size_change_nothing(tmp_path, tiny_folder, loss):
+    rows = [replace(pair, meta={"w": 7.0}) for pair in pairs()]
+    plain = selected(tmp_path / "a", tiny_folder, rows, SLOW, loss, name="none")
+    weighted = selected(
+        tmp_path / "b", tiny_folder, rows, SLOW, loss, name="column", column="w", transform="none", apply="loss"
+    )
+    assert [r["train/loss"] for r in metrics(plain)] == [r["train/loss"] for r in metrics(weighted)]
+    assert all(torch.equal(value, weights(weighted)[key]) for key, value in weights(plain).items())
+
+
+def test_whole_weights_as_repeats_and_as_factors_give_the_same_gradient(tmp_path, tiny_folder):
+    rows = [replace(pair, meta={"w": 1.0 + i % 2}) for i, pair in enumerate(pairs(6))]
+    column = {"name": "column", "column": "w", "transform": "none"}
+    runs = []
+    for apply, size in (("sampling", 9), ("loss", 6)):
+        training = replace(SLOW, max_steps=None, num_epochs=3.0, global_batch_size=size, micro_batch_size=3)
+        runs.append(selected(tmp_path / apply, tiny_folder, rows, training, DPO(), apply=apply, **column))
+    losses = [[row["train/loss"] for row in metrics(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for key, value in weights(runs[0]).items():
+        assert torch.allclose(value, weights(runs[1])[key], atol=1e-6), key
+
+
+def test_a_budget_is_counted(tmp_path, tiny_folder):
+    work = selected(tmp_path, tiny_folder, pairs(), SLOW, DPO(), name="random", budget=4)
+    counts = orjson.loads((work / "data_counts.json").read_bytes())
+    assert (counts["selection_taken"], counts["selection_left_out_by_budget"]) == (4, 3)

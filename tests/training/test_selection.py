@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -326,7 +328,10 @@ def test_what_would_be_ignored_or_cannot_work_is_refused(fields, told):
 def test_strengths_come_from_the_command_line_and_survive_freezing(tmp_path):
     checker = Checker(CONF_DIR, [CONF_DIR], "config", multirun=False)
     (cfg,) = checker.check(["stage=train", "selection=strength", "selection.strength={-100: 1.0, 1: 2.0, 5: 0.5}"])
-    assert to_run_config(without_hydra(cfg)).selection.strength == STRENGTH
+    given = to_run_config(without_hydra(cfg)).selection
+    assert given == strength()
+    assert replace(given) == given
+    assert orjson.loads(orjson.dumps(given))["strength"] == {"-100": 1.0, "1": 2.0, "5": 0.5}, "as in a manifest"
     freeze(without_hydra(cfg), tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml").selection == strength()
     with pytest.raises(ConfigError, match=r"selection.budget=3 would be ignored with selection=none"):
