@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,7 @@ def weights_digest(folder: Path) -> str:
     blobs named by sha256; only a plain folder is read.
     """
     if artifacts.is_complete(folder):
+        _verify_once(folder, tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())))
         return artifacts.digest(folder)[:16]
     files = sorted(
         {
@@ -133,6 +135,11 @@ def weights_digest(folder: Path) -> str:
     )
     listing = [[file.name, _blob_name(file) or sha256_of(file)] for file in files]
     return hashlib.sha256(orjson.dumps(listing)).hexdigest()[:16]
+
+
+@lru_cache
+def _verify_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    artifacts.verify(folder)
 
 
 def _blob_name(file: Path) -> str | None:
@@ -148,6 +155,7 @@ def model_uses(model: ModelConfig, folder: Path) -> dict[str, Any]:
         "weights": weights_digest(folder),
         "chat_template": template and hashlib.sha256(template_file(template).read_bytes()).hexdigest()[:16],
         "attention": model.attention,
+        "stop": declared_stops(folder),
     }
 
 
@@ -195,13 +203,17 @@ def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def declared_stops(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, sorted."""
+    file = folder / "generation_config.json"
+    found = orjson.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+    return sorted(found) if isinstance(found, list) else [] if found is None else [found]
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
     """Every token at which generation ends: the tokenizer's eos and those of generation_config.json."""
     ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        found = orjson.loads(file.read_bytes()).get("eos_token_id")
-        ids |= set(found) if isinstance(found, list) else set() if found is None else {found}
+    ids |= set(declared_stops(folder))
     if not ids:
         raise ConfigError(f"{folder}: no eos_token_id in the tokenizer or in generation_config.json; add one")
     return sorted(ids)

@@ -261,8 +261,10 @@ def messages(value: object, name: str) -> list[Message]:
         where = f"{name}[{index}]"
         if not isinstance(item, Mapping):
             raise wrong_type(where, item, "an object with role and content")
-        role = item["from"] if "from" in item and "role" not in item else need(item, "role")
-        content = item["value"] if "value" in item and "content" not in item else need(item, "content")
+        role = item["from"] if item.get("from") is not None and item.get("role") is None else need(item, "role")
+        content = (
+            item["value"] if item.get("value") is not None and item.get("content") is None else need(item, "content")
+        )
         found.append(turn(role, content, where))
     found = [m for m in found if m["content"]]
     if not found:

@@ -22,6 +22,7 @@ def with_adapter(policy: PreTrainedModel, model: ModelConfig) -> nn.Module:
         return policy
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise ConfigError(f"model.adapter={model.adapter} needs peft: pip install 'prefpipe[lora]'") from None
     assert model.adapter_rank
@@ -41,6 +42,12 @@ def with_adapter(policy: PreTrainedModel, model: ModelConfig) -> nn.Module:
         raise ConfigError(
             f"model.adapter_targets={list(model.adapter_targets)}: {error} The linear layers are {', '.join(linear)}"
         ) from None
+    head = policy.get_output_embeddings()
+    if policy.config.get_text_config().tie_word_embeddings and isinstance(head, BaseTunerLayer):
+        raise ConfigError(
+            f"model.adapter_targets={list(model.adapter_targets)}: the head shares its weights with the embeddings, "
+            f"which merging would change too; leave it out"
+        )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info("%s: %d of %d parameters are trained", model.adapter, trained, sum(p.numel() for p in policy.parameters()))
     return adapted

@@ -1,6 +1,7 @@
 """Log-probabilities of completions under a model: what the loop, the reference and the evaluation share."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -203,21 +204,18 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+NOISE = re.compile(r"drop|jitter")
+
+
 def without_dropout(model: PreTrainedModel) -> None:
-    """Switch every dropout off for good: a preference loss compares log-probabilities, noise would be part of them."""
+    """Switch every dropout off for good: a preference loss compares log-probabilities, noise would be part of them.
+
+    Families keep its rate in an nn.Dropout, as a number of a module, or read it from their config.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    for name in (
-        "attention_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout",
-        "attention_probs_dropout_prob",
-    ):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and NOISE.search(name):
+                setattr(holder, name, 0.0)
