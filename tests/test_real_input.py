@@ -306,6 +306,7 @@ def losses_of(
             hardware=CPU,
             seed=0,
             work=work,
+            cache=work.parent / "cache",
         )
     )
     assert orjson.loads((work / "data_counts.json").read_bytes())["pairs"] == len(pairs)
