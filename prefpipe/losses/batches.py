@@ -103,7 +103,7 @@ class AOT(BetaLoss):
 
 @register("loss")
 @dataclass
-class AOTUnpaired(BetaLoss):
+class AOTUnpaired(AOT):
     """Alignment via Optimal Transport, chosen and rejected as two samples, Melnyk et al. 2024, arXiv:2406.05882.
 
     loss = (1 - epsilon) ls(beta d) + epsilon ls(-beta d), d the k-th smallest h_w minus the k-th smallest h_l
@@ -116,13 +116,6 @@ class AOTUnpaired(BetaLoss):
     """
 
     name: str = "aot_unpaired"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    batch_wise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_smoothing(self.label_smoothing, "0 is usual")
 
     def compare(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
         chosen, rejected = scaled(self.beta, log_ratios(policy, reference))

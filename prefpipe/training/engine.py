@@ -75,7 +75,8 @@ class Engine:
         batch = collate(examples, self.batching, pairwise=pairwise).to(self.device)
         hidden = self._hidden(model, batch)
         found = self._token_logps(model, hidden, batch, collision="collision" in reads)
-        parts = {"token_logps": _by_sequence(found.logps, batch)} if "token_logps" in reads else {}
+        table = _by_sequence(found.logps, batch)
+        parts = {"token_logps": table} if "token_logps" in reads else {}
         if found.collision is not None:
             parts["collision"] = _by_sequence(found.collision, batch).sum(1)
         if "kl" in reads:
@@ -84,7 +85,7 @@ class Engine:
                 other = self._hidden(reference.model, batch)
             kl = token_kl(Head.of(_unwrapped(model)), hidden, reference.logits, other)
             parts["kl"] = _by_sequence(kl, batch).sum(1)
-        sums = _by_sequence(found.logps, batch).sum(1)
+        sums = table.sum(1)
         if not pairwise:
             return PairLogps(sums, torch.zeros_like(sums), batch.lengths, torch.ones_like(batch.lengths))
         (chosen, rejected), (chosen_tokens, rejected_tokens) = sums.chunk(2), batch.lengths.chunk(2)

@@ -139,7 +139,7 @@ def _number(pair: Pair, row: int, selection: SelectionConfig) -> float:
     if column not in pair.meta:
         raise DataError(
             f"row {row} of inputs.pairs has no meta key selection.column={column}; it has {sorted(pair.meta)[:12]}; a "
-            f"file's column becomes one by +data_mixer.columns='{{meta.{column}: COLUMN}}' at stage=prepare"
+            f"file's column becomes one by data_mixer.columns='{{meta.{column}: COLUMN}}' at stage=prepare"
         )
     value = pair.meta[column]
     try:
