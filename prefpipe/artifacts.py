@@ -197,11 +197,13 @@ class Draft:
         rows_out: int,
         filtered: Mapping[str, int] | None = None,
         quarantined: Sequence[Mapping[str, Any]] = (),
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         """Write part `index` durably.
 
         rows_in, rows_out: input rows (prompts, files' lines) read for this part, and those of them that are in it.
         filtered: reason → rows left out on purpose. quarantined: bad rows, each with at least a "code".
+        kept: what is lacking → rows that are in all the same.
         """
         left_out = dict(sorted((filtered or {}).items()))
         codes = dict(sorted(Counter(str(row["code"]) for row in quarantined).items()))
@@ -209,6 +211,8 @@ class Draft:
             raise AssertionError(f"rows lost: {rows_in} in, {rows_out} out, filtered {left_out}, quarantined {codes}")
         part = self._write_lines(f"part-{index:05d}.jsonl", records)
         note = {"parts": [part], "rows_in": rows_in, "rows_out": rows_out, "filtered": left_out, "quarantined": codes}
+        if kept:
+            note["kept"] = dict(kept)
         if quarantined:
             note["quarantine"] = [self._write_lines(f"quarantine-{index:05d}.jsonl", quarantined)]
         write_json(self._note(index), note)
@@ -329,6 +333,9 @@ class Draft:
                 counts[name] = value + note[name] if isinstance(value, int) else value + Counter(note[name])
         counts["filtered"] = dict(sorted(counts["filtered"].items()))
         counts["quarantined"] = dict(sorted(counts["quarantined"].items()))
+        kept = sum((Counter(note.get("kept", {})) for note in notes), Counter[str]())
+        if kept:
+            counts["kept"] = dict(sorted(kept.items()))
         content = {
             **self._plan,
             "num_records": sum(part["num_records"] for part in parts),
@@ -416,7 +423,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def describe_counts(counts: Mapping[str, Any]) -> str:
     """Row accounting as one line for the log."""
     text = f"{counts['rows_out']} of {counts['rows_in']} rows used"
-    for kind in ("filtered", "quarantined"):
-        if counts[kind]:
+    for kind in ("filtered", "quarantined", "kept"):
+        if counts.get(kind):
             text += f"; {kind}: " + ", ".join(f"{reason} {n}" for reason, n in counts[kind].items())
     return text

@@ -96,11 +96,15 @@ class Command:
         )
 
     def _score(self) -> None:
+        from prefpipe.scorers import ScoringContext
         from prefpipe.stages.score import score
 
         run, at = self.run, self.layout
         completions = at.input("completions", run.inputs.completions)
-        score(completions, at.output("scored"), scorer=run.scorer, overwrite=run.overwrite)
+        context = ScoringContext(
+            run.model, self._sampling_policy, run.hardware, cache=Path(run.paths.cache), work=at.root, seed=run.seed
+        )
+        score(completions, at.output("scored"), scorer=run.scorer, context=context, overwrite=run.overwrite)
 
     def _pair(self) -> None:
         from prefpipe.stages.pair import pair

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from prefpipe.scorers import ScoringContext
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PREFPIPE_SHARED", ROOT.parent / "shared"))
@@ -31,6 +35,23 @@ def shared_data() -> Path:
 def tiny_folder() -> Path:
     """The model that comes with prefpipe."""
     return ROOT / "prefpipe" / "assets" / "tiny"
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_folder: Path) -> "ScoringContext":
+    """For scorers: the built-in model on one CPU."""
+    from prefpipe.scorers import ScoringContext
+    from prefpipe.settings import HardwareConfig, ModelConfig
+
+    for name in ("cache", "work"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    return ScoringContext(
+        ModelConfig(name="tiny", path="builtin:tiny"),
+        lambda: tiny_folder,
+        HardwareConfig(name="cpu", device="cpu", precision="fp32", num_threads=1),
+        cache=tmp_path / "cache",
+        work=tmp_path / "work",
+    )
 
 
 @pytest.fixture

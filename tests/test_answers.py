@@ -9,6 +9,7 @@ import pytest
 from prefpipe.answers import RULES, extract, final_answer, gold_answer, normalized
 from prefpipe.errors import ConfigError
 from prefpipe.records import Completion
+from prefpipe.scorers import Missing
 from prefpipe.scorers.exact_answer import ExactAnswer
 from prefpipe.scorers.label import Label
 from prefpipe.scorers.length import Length
@@ -55,29 +56,33 @@ def completion(text: str, answer: str | None = None, **meta: object) -> Completi
     )
 
 
-def test_exact_answer_scores_right_wrong_and_not_at_all():
+def test_exact_answer_scores_right_wrong_and_not_at_all(context):
     texts = [
         completion("#### 5", "#### 5"),
         completion("5", "#### 5"),
         completion("#### 5"),
         completion("#### 5", "blue"),
     ]
-    assert ExactAnswer().score(texts) == [1.0, 0.0, None, None]
-    assert ExactAnswer(rule="last_number").score(texts)[:2] == [1.0, 1.0]
+    assert ExactAnswer().score(texts, context) == [1.0, 0.0, *[Missing("no_exact_answer")] * 2]
+    assert ExactAnswer(rule="last_number").score(texts, context)[:2] == [1.0, 1.0]
     with pytest.raises(ConfigError, match=r"scorer\.rule=nosuch must be one of last_hash"):
         ExactAnswer(rule="nosuch")
 
 
-def test_length_is_minus_the_distance_in_words():
-    assert Length(target_words=3).score([completion("a b c"), completion("a"), completion("a b c d e")]) == [0, -2, -2]
+def test_length_is_minus_the_distance_in_words(context):
+    assert Length(target_words=3).score([completion("a b c"), completion("a"), completion("a b c d e")], context) == [
+        0,
+        -2,
+        -2,
+    ]
 
 
-def test_label_compares_as_told():
+def test_label_compares_as_told(context):
     texts = [completion("It is Blue.", "blue"), completion("red", "blue"), completion("x")]
-    assert Label().score(texts) == [1.0, 0.0, None]
-    assert Label(match="equal").score(texts) == [0.0, 0.0, None]
-    assert Label(match="contains").score([completion("a blueish sky", "blue")]) == [1.0]
-    assert Label(key="gold").score([completion("yes", gold="YES")]) == [1.0]
+    assert Label().score(texts, context) == [1.0, 0.0, Missing("no_label")]
+    assert Label(match="equal").score(texts, context) == [0.0, 0.0, Missing("no_label")]
+    assert Label(match="contains").score([completion("a blueish sky", "blue")], context) == [1.0]
+    assert Label(key="gold").score([completion("yes", gold="YES")], context) == [1.0]
 
 
 def test_every_gsm8k_reference_has_a_number(shared_data):
@@ -88,7 +93,7 @@ def test_every_gsm8k_reference_has_a_number(shared_data):
         assert None not in answers
 
 
-def test_openais_recorded_verdicts_are_reproduced(shared_data):
+def test_openais_recorded_verdicts_are_reproduced(shared_data, context):
     """Their solutions end in a line "A: N"; rewritten to "#### N", each of the recorded verdicts comes out."""
     checked = disagreements = 0
     with gzip.open(shared_data / "gsm8k" / "example_model_solutions.first660.jsonl.gz") as rows:
@@ -97,8 +102,10 @@ def test_openais_recorded_verdicts_are_reproduced(shared_data):
                 if not isinstance(value, dict) or "solution" not in value:
                     continue
                 text = value["solution"].replace("\nA: ", "\n#### ")
-                (score,) = ExactAnswer().score([completion(text, row["ground_truth"].replace("\nA: ", "\n#### "))])
-                assert score is not None, key
+                (score,) = ExactAnswer().score(
+                    [completion(text, row["ground_truth"].replace("\nA: ", "\n#### "))], context
+                )
+                assert not isinstance(score, Missing), key
                 checked += 1
                 disagreements += bool(score) != value["is_correct"]
     assert checked == 4 * 660

@@ -117,7 +117,7 @@ def test_a_scorer_is_one_class_and_one_yaml(copy, rows_file):
 
         from prefpipe.components import register
         from prefpipe.records import Completion
-        from prefpipe.scorers import Scorer
+        from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 
 
         @register("scorer")
@@ -128,7 +128,7 @@ def test_a_scorer_is_one_class_and_one_yaml(copy, rows_file):
             name: str = "toy"
             letters: str = "aeiou"
 
-            def score(self, completions: Sequence[Completion]) -> list[float | None]:
+            def score(self, completions: Sequence[Completion], context: ScoringContext) -> list[Score | Missing]:
                 return [float(sum(c in self.letters for c in completion.text)) for completion in completions]
         ''',
     )

@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "prefpipe"
 LAYERS: list[set[str]] = [
     {"", "errors", "records", "components", "settings", "logps", "answers", "statistics", "logs", "processes"}
     | {"progress", "files", "provenance"},
-    {"losses", "pairers", "generators", "scorers", "tasks", "sources", "prompts", "artifacts", "models", "tracking"}
-    | {"tiny_model"},
+    {"losses", "pairers", "generators", "tasks", "sources", "prompts", "artifacts", "models", "tracking", "tiny_model"}
+    | {"grouping"},
     {"training"},
+    {"scorers"},
     {"stages", "rounds", "report"},
     {"config", "suggest", "check", "run", "cli", "worker", "training.worker", "__main__"},
 ]

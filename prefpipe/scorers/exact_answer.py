@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prefpipe.answers import check_rule, final_answer, gold_answer
 from prefpipe.components import register
 from prefpipe.records import Completion
-from prefpipe.scorers import Scorer
+from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 
 
 @register("scorer")
@@ -22,13 +22,14 @@ class ExactAnswer(Scorer):
     rule: str = "last_hash"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_rule("scorer.rule", self.rule)
 
-    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+    def score(self, completions: Sequence[Completion], context: ScoringContext) -> list[Score | Missing]:
         return [self._score(completion) for completion in completions]
 
-    def _score(self, completion: Completion) -> float | None:
+    def _score(self, completion: Completion) -> float | Missing:
         gold = None if completion.answer is None else gold_answer(completion.answer)
         if gold is None:
-            return None
+            return Missing("no_exact_answer")
         return float(final_answer(completion.text, self.rule) == gold)

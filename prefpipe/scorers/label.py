@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prefpipe.components import register
 from prefpipe.errors import ConfigError
 from prefpipe.records import Completion
-from prefpipe.scorers import Scorer
+from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 
 
 @register("scorer")
@@ -24,16 +24,17 @@ class Label(Scorer):
     key: str = "answer"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.match not in ("equal", "last_word", "contains"):
             raise ConfigError(f"scorer.match={self.match} must be equal, last_word or contains")
 
-    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+    def score(self, completions: Sequence[Completion], context: ScoringContext) -> list[Score | Missing]:
         return [self._score(completion) for completion in completions]
 
-    def _score(self, completion: Completion) -> float | None:
+    def _score(self, completion: Completion) -> float | Missing:
         given = completion.answer if self.key == "answer" else completion.meta.get(self.key)
         if given is None:
-            return None
+            return Missing("no_label")
         label, text = _plain(str(given)), _plain(completion.text)
         if self.match == "contains":
             return float(label in text)

@@ -1,24 +1,21 @@
 """scored completions → preference pairs."""
 
-import itertools
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import orjson
+from typing import Any
 
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
 from prefpipe.files import chunks
+from prefpipe.grouping import grouped
 from prefpipe.pairers import Pairer
 from prefpipe.records import Pair, ScoredCompletion, Split
 
 PROMPTS_PER_PART = 20_000
-NUM_BUCKETS = 64
 
 
 def pair(scored: Sequence[Path], out: Path, *, pairer: Pairer, seed: int, overwrite: bool = False) -> None:
@@ -29,7 +26,7 @@ def pair(scored: Sequence[Path], out: Path, *, pairer: Pairer, seed: int, overwr
             return
         statistics = PairStatistics()
         with tempfile.TemporaryDirectory(dir=draft.scratch) as scratch:
-            groups = grouped(scored, Path(scratch))
+            groups = grouped(scored, ScoredCompletion, Path(scratch), key="inputs.scored")
             for index, chunk in enumerate(chunks(groups, PROMPTS_PER_PART)):
                 pairs, left_out, used = [], Counter[str](), 0
                 for group in chunk:
@@ -86,57 +83,3 @@ class PairStatistics:
             "chosen_longer": round(self.chosen_longer / self.num_pairs, 4),
             "margin": {"mean": round(total / self.num_pairs, 6), "min": low, "max": high} if low <= high else None,
         }
-
-
-def grouped(scored: Sequence[Path], scratch: Path) -> Iterator[list[ScoredCompletion]]:
-    """The completions of each prompt, wherever they stand in however many artifacts.
-
-    Completions that stand together already are streamed; others are first dealt into NUM_BUCKETS files by prompt, so
-    that memory holds one bucket at most. Order: by first appearance of the prompt, within a bucket when dealt.
-    """
-    lines = itertools.chain.from_iterable(
-        artifacts.read_rows(path, ScoredCompletion.schema, key="inputs.scored") for path in scored
-    )
-    if stand_together(scored):
-        rows = (ScoredCompletion(**orjson.loads(line)) for line in lines)
-        yield from (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.prompt_id))
-        return
-    for bucket in _deal(lines, scratch):
-        groups: dict[str, list[ScoredCompletion]] = {}
-        with bucket.open("rb") as file:
-            for line in file:
-                row = ScoredCompletion(**orjson.loads(line))
-                groups.setdefault(row.prompt_id, []).append(row)
-        yield from groups.values()
-
-
-def stand_together(scored: Sequence[Path]) -> bool:
-    """Whether no prompt comes back after another one. 8 bytes a prompt; reads ids without parsing the rows."""
-    seen: set[int] = set()
-    last = None
-    for path in scored:
-        for line in artifacts.read_rows(path, ScoredCompletion.schema, key="inputs.scored"):
-            current = _prompt_number(line)
-            if current != last and current in seen:
-                return False
-            seen.add(current)
-            last = current
-    return True
-
-
-def _deal(lines: Iterator[bytes], scratch: Path) -> list[Path]:
-    files = [scratch / f"{bucket:02d}.jsonl" for bucket in range(NUM_BUCKETS)]
-    handles: list[BinaryIO] = [file.open("wb") for file in files]
-    try:
-        for line in lines:
-            handles[_prompt_number(line) % NUM_BUCKETS].write(line)
-    finally:
-        for handle in handles:
-            handle.close()
-    return files
-
-
-def _prompt_number(line: bytes) -> int:
-    """The prompt_id of a row as a number. It is the first field of every record, so the rest need not be parsed."""
-    start = len(b'{"prompt_id":"')
-    return int(line[start : start + 16], 16)

@@ -10,9 +10,10 @@ from prefpipe import artifacts
 from prefpipe.artifacts import Plan
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ArtifactError, DataError
+from prefpipe.grouping import stand_together
 from prefpipe.pairers import BestWorst, CorrectIncorrect
 from prefpipe.records import Completion, Pair, ScoredCompletion, Split, completion_id, prompt_id
-from prefpipe.stages.pair import pair, stand_together
+from prefpipe.stages.pair import pair
 
 
 def row(question: int, sample: int, value: float, *, text: str | None = None, split: Split = Split.train):
@@ -50,8 +51,8 @@ def test_rows_interleaved_over_two_artifacts_give_the_same_pairs(tmp_path, name)
         write(tmp_path / "first", [row(q, s, values[q, s]) for q, s in dealt if s < 2]),
         write(tmp_path / "second", [row(q, s, values[q, s]) for q, s in dealt if s >= 2]),
     ]
-    assert stand_together(together)
-    assert not stand_together(spread)
+    assert stand_together(together, ScoredCompletion, key="k")
+    assert not stand_together(spread, ScoredCompletion, key="k")
     pairer = COMPONENTS["pairer"][name]()
     pair(together, tmp_path / "a", pairer=pairer, seed=3)
     pair(spread, tmp_path / "b", pairer=pairer, seed=3)
