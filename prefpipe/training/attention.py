@@ -24,13 +24,15 @@ class Document(NamedTuple):
     """Tokens start .. end of a row, which see themselves causally.
 
     With shared > 0 they also see all of prompt .. prompt + shared, the start of an earlier document: they are a further
-    completion of that prompt, and their positions go on from the prompt's end.
+    completion of that prompt, and their positions go on from the prompt's end. Of the last layer's output, read .. end
+    is used.
     """
 
     start: int
     end: int
     prompt: int = 0
     shared: int = 0
+    read: int = 0
 
 
 def documents_attention(
@@ -41,6 +43,7 @@ def documents_attention(
     attention_mask: Tensor | None,
     *,
     documents: Sequence[Document],
+    only_read: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -52,6 +55,7 @@ def documents_attention(
     Args:
         query: [1, heads, T, D]. key, value: [1, key heads, T, D]; key heads divide heads.
         documents: they cover 0 .. T without a gap, in order.
+        only_read: give zeros for what is not read of a document.
         sliding_window: a token sees so many tokens, itself included; None: all before it.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
 
@@ -71,16 +75,20 @@ def documents_attention(
     # Split, not sliced: the backward pass of each slice would fill a tensor of the whole row with zeros.
     rows = [tensor.split(sizes, dim=2) for tensor in (query, key, value)]
     number = {document.start: index for index, document in enumerate(documents)}
-    parts = []
+    parts: list[Tensor] = []
     for document, queries, keys, values in zip(documents, *rows, strict=True):
         if document.shared:
             of_prompt = [tensor[number[document.prompt]][:, :, : document.shared] for tensor in rows[1:]]
             keys, values = torch.cat([of_prompt[0], keys], 2), torch.cat([of_prompt[1], values], 2)
+        unread = document.read - document.start if only_read else 0
+        if unread > 0:
+            parts.append(queries.new_zeros(*queries.shape[:2], unread, values.shape[-1]))
+            queries = queries[:, :, unread:]
         window = sliding_window if sliding_window is not None and sliding_window < keys.shape[2] else None
         if softcap is not None:
             parts.append(_capped(queries, keys, values, scaling, softcap, _visible(queries, keys, window), dropout))
             continue
-        plain = document.shared == 0 and window is None
+        plain = document.shared == 0 and window is None and unread <= 0
         parts.append(
             scaled_dot_product_attention(
                 queries,

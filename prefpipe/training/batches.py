@@ -216,11 +216,11 @@ def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> 
                 parts, first_place, document = (
                     [prompt, completion],
                     0,
-                    Document(end, end + len(prompt) + len(completion)),
+                    Document(end, end + len(prompt) + len(completion), read=end + len(prompt) - 1),
                 )
             else:
                 first_place = len(prompt)
-                parts, document = [completion], Document(end, end + len(completion), start, len(prompt))
+                parts, document = [completion], Document(end, end + len(completion), start, len(prompt), read=end)
             first = document.end - len(completion)
             # The prompt's last token predicts the first one, each token of the completion the one after it.
             seen[key] = np.concatenate([[start + len(prompt) - 1], np.arange(first, document.end - 1)])

@@ -19,6 +19,7 @@ from prefpipe.settings import TrainingConfig
 from prefpipe.training.attention import DOCUMENTS, set_attention
 from prefpipe.training.batches import Batch, Example, collate, micro_batches
 from prefpipe.training.head import Head, TokenLogps, token_kl, token_logps
+from prefpipe.training.last_layer import narrow_last_layer
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Engine:
         """Give a model the attention that the batching needs."""
         if self.batching != "padded":
             set_attention(model, DOCUMENTS)
+            narrow_last_layer(model)
 
     def logps(
         self,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 KEPT_BYTES = 2**30
 """head="auto" keeps the logits of a micro-batch for the backward pass up to this size; above it, head="chunked"."""
 
-TILE_BYTES = 2**25
-"""Of the logits that are worked on at a time; small enough for a processor's cache to be of use."""
+TILE_BYTES = 2**24
+"""Of the logits that are worked on at a time; from 32 MiB on, glibc would ask the kernel for fresh pages each time."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Head:
     """The last layer of a model, from hidden states [N, H] to logits [N, V].
 
     module: what computes it; a plain nn.Linear is taken apart, anything else (an adapter) is called.
-    softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2. scale: a factor of them, as in Cohere.
+    softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2. scale: a factor of them, as in Cohere, T5.
     """
 
     module: nn.Module
@@ -34,6 +34,8 @@ class Head:
         """The head of a causal or an encoder-decoder language model."""
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        if getattr(config, "scale_decoder_outputs", False):
+            scale *= config.hidden_size**-0.5  # T5 with tied embeddings
         return cls(model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -134,27 +136,27 @@ class _LinearLogps(torch.autograd.Function):
             needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             needs_head = needs_weight or needs_bias
             form_now = needs_hidden and not needs_head
-            keep = keep and needs_head
+            keep = keep and needs_head and softcap is None  # a cap's slope needs the logits themselves
             kernel = weight.to(hidden.dtype)
             work = torch.promote_types(hidden.dtype, torch.float32)
             num, rows = len(hidden), _tile_rows(len(weight))
             logps = torch.empty(num, dtype=work, device=hidden.device)
-            totals, squares = torch.empty_like(logps), torch.empty_like(logps)
+            sums, squares = torch.empty_like(logps), torch.empty_like(logps)
             kept = torch.empty(num if keep else 0, len(weight), dtype=work, device=hidden.device)
             slopes = torch.empty_like(hidden) if form_now else hidden.new_empty(0)
             for start in range(0, num, rows):
                 tile = slice(start, start + rows)
                 logits = _logits(hidden[tile], kernel, bias, softcap, scale, out=kept[tile] if keep else None)
-                totals[tile] = logits.logsumexp(-1)
-                logps[tile] = logits.gather(-1, targets[tile, None])[:, 0] - totals[tile]
+                bend = _bend(logits, softcap) if form_now else None
+                found = logits.gather(-1, targets[tile, None])[:, 0]
+                highest, sums[tile] = _exponentiate(logits)
+                logps[tile] = found - highest - sums[tile].log()
                 if collision:
-                    squares[tile] = (2 * logits).logsumexp(-1) - 2 * totals[tile]
+                    squares[tile] = torch.linalg.vecdot(logits, logits).log() - 2 * sums[tile].log()
                 if form_now:
-                    ones = torch.ones_like(logps[tile])
-                    slopes[tile] = (
-                        _slope(logits, totals[tile], targets[tile], ones, softcap, scale).to(hidden.dtype) @ kernel
-                    )
-            ctx.save_for_backward(hidden, weight, bias, targets, totals, kept, slopes)
+                    slope = _slope(logits, sums[tile], targets[tile], torch.ones_like(found), bend, scale)
+                    slopes[tile] = slope.to(hidden.dtype) @ kernel
+            ctx.save_for_backward(hidden, weight, bias, targets, sums, kept, slopes)
             ctx.settings = (softcap, scale, keep, form_now, rows)
             ctx.mark_non_differentiable(squares)
             return logps, squares
@@ -162,7 +164,7 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, totals, kept, slopes = ctx.saved_tensors
+        hidden, weight, bias, targets, sums, kept, slopes = ctx.saved_tensors
         softcap, scale, keep, form_now, rows = ctx.settings
         nothing = (None,) * 5
         with torch.autocast(hidden.device.type, enabled=False):
@@ -175,8 +177,13 @@ class _LinearLogps(torch.autograd.Function):
             of_bias = torch.zeros_like(bias) if needs_bias else None
             for start in range(0, len(hidden), rows):
                 tile = slice(start, start + rows)
-                logits = kept[tile] if keep else _logits(hidden[tile], kernel, bias, softcap, scale)
-                slope = _slope(logits, totals[tile], targets[tile], grad[tile], softcap, scale)
+                if keep:
+                    weights, bend = kept[tile], None
+                else:
+                    weights = _logits(hidden[tile], kernel, bias, softcap, scale)
+                    bend = _bend(weights, softcap)
+                    _exponentiate(weights)
+                slope = _slope(weights, sums[tile], targets[tile], grad[tile], bend, scale)
                 if of_bias is not None:
                     of_bias += slope.sum(0)
                 slope = slope.to(hidden.dtype)
@@ -216,12 +223,24 @@ def _logits(
     return logits
 
 
-def _slope(
-    logits: Tensor, totals: Tensor, targets: Tensor, grad: Tensor, softcap: float | None, scale: float
-) -> Tensor:
-    """grad times the gradient of log p(target) by the head's own output, [n, V]; written over the logits."""
-    bend = None if softcap is None else 1 - (logits / softcap) ** 2
-    slope = logits.sub_(totals[:, None]).exp_().mul_(-grad[:, None])
+def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn [n, V] logits in place into e^(logit - highest); each row's highest logit and its sum afterwards, [n]."""
+    highest = logits.amax(-1)
+    logits.sub_(highest[:, None]).exp_()
+    return highest, logits.sum(-1)
+
+
+def _bend(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """The slope of the cap at capped logits, [n, V]."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2
+
+
+def _slope(weights: Tensor, sums: Tensor, targets: Tensor, grad: Tensor, bend: Tensor | None, scale: float) -> Tensor:
+    """grad times the gradient of log p(target) by the head's own output, [n, V]; written over the weights.
+
+    weights: [n, V], p(v) times the row's sum.
+    """
+    slope = weights.mul_((-grad / sums)[:, None])
     slope.scatter_add_(1, targets[:, None], grad[:, None])
     if bend is not None:
         slope *= bend

@@ -158,7 +158,12 @@ def test_packed_puts_all_completions_behind_their_prompts_in_one_row():
     batch = collate([example(0, 2, 3, 1), example(1, 1, 1, 2)], "packed", pairwise=True)
     assert batch.input_ids.tolist() == [flat([1, 2, 1, 2, 3], [1, 1], [1, 2, 1], [1, 1, 2])]
     assert batch.position_ids.tolist() == [flat([0, 1, 2, 3, 4], [0, 1], [0, 1, 2], [0, 1, 2])]
-    assert batch.documents == [Document(0, 5), Document(5, 7), Document(7, 10), Document(10, 13)]
+    assert batch.documents == [
+        Document(0, 5, read=1),
+        Document(5, 7, read=5),
+        Document(7, 10, read=8),
+        Document(10, 13, read=10),
+    ]
     assert batch.positions.tolist() == flat([1, 2, 3], [5], [8], [10, 11])
     assert batch.targets.tolist() == flat([1, 2, 3], [1], [1], [1, 2])
 
@@ -170,11 +175,11 @@ def test_shared_puts_each_prompt_and_each_completion_there_once():
     assert batch.input_ids.tolist() == [flat([1, 2, 1, 2, 3], [1, 1], [1], [1, 2], [1, 2, 3, 4])]
     assert batch.position_ids.tolist() == [flat([0, 1, 2, 3, 4], [0, 1], [2], [1, 2], [2, 3, 4, 5])]
     assert batch.documents == [
-        Document(0, 5),
-        Document(5, 7),
-        Document(7, 8, prompt=0, shared=2),
-        Document(8, 10, prompt=5, shared=1),
-        Document(10, 14, prompt=0, shared=2),
+        Document(0, 5, read=1),
+        Document(5, 7, read=5),
+        Document(7, 8, prompt=0, shared=2, read=7),
+        Document(8, 10, prompt=5, shared=1, read=8),
+        Document(10, 14, prompt=0, shared=2, read=10),
     ]
     assert batch.positions.tolist() == flat([1, 2, 3], [5], [1], [1], [5, 8], [1, 10, 11, 12])
     assert batch.targets.tolist() == flat([1, 2, 3], [1], [1], [1], [1, 2], [1, 2, 3, 4])
