@@ -8,6 +8,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class PairRewards(NamedTuple):
+    """Rewards of a batch of B preference pairs under one reward model.
+
+    chosen, rejected: [B] float, in the model's own unit. chosen_tokens, rejected_tokens: [B] int, of the completions.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
 class PairLogps(NamedTuple):
     """Log-probabilities of a batch of B preference pairs under one model.
 

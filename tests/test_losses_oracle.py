@@ -57,7 +57,7 @@ from prefpipe.losses import (
 
 mpmath.mp.dps = 150  # 1 - sigma(200) keeps 60 of them, and a difference of 1e-20 the rest
 
-PAIRWISE: dict[str, type[PairLoss]] = {name: cls for name, cls in COMPONENTS["loss"].items() if cls.pairwise}
+PAIRWISE: dict[str, type[PairLoss]] = {n: cls for n, cls in COMPONENTS["loss"].items() if issubclass(cls, PairLoss)}
 
 
 class Row(NamedTuple):

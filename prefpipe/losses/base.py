@@ -41,6 +41,7 @@ class Loss:
     reads: which optional parts of PairLogps it reads: "token_logps", "collision", "kl".
     batch_wise: whether a pair's loss depends on the other pairs of its batch; such a loss is refused where a global
         batch is cut into micro-batches.
+    of_rewards: whether it is a function of rewards (PairRewards) and trains a reward model.
     """
 
     name: str = "???"
@@ -48,10 +49,16 @@ class Loss:
     pairwise: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset()
     batch_wise: ClassVar[bool] = False
+    of_rewards: ClassVar[bool] = False
 
     @property
     def needs_scores(self) -> bool:
         """Whether it reads the scores of the pairs, which a knob may decide."""
+        return False
+
+    @property
+    def all_turns(self) -> bool:
+        """Whether it trains on every turn of the assistant; pairs differ in the last one alone."""
         return False
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None, scores: PairScores | None = None) -> LossOutput:

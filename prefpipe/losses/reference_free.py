@@ -14,6 +14,7 @@ from prefpipe.losses.base import (
     PairLoss,
     PairScores,
     check,
+    check_choice,
     expm1,
     log1mexp,
     log_sigmoid,
@@ -151,15 +152,28 @@ class SLiC(PairLoss):
 @register("loss")
 @dataclass
 class SFT(Loss):
-    """Supervised fine-tuning on the chosen completions: their summed negative log-likelihood.
+    """Supervised fine-tuning: the summed negative log-likelihood of the assistant's turns in demonstrations or pairs.
 
-    The training loop divides by the tokens of the whole global batch, not by pairs: a token counts the same wherever it
-    stands (the accumulation bug of huggingface/transformers#34191).
+    What the assistant says counts, up to and including the token that ends its turn; system and user turns and the
+    headers of turns are context. Of a pair the chosen side is read. The training loop divides by the tokens of the
+    whole global batch, not by conversations: a token counts the same wherever it stands (the accumulation bug of
+    huggingface/transformers#34191).
+
+    turns: "all" trains on every turn of the assistant (LION; TRL's `assistant_only_loss`), "last" on the final one (a
+        completion of its prompt; LLaMA-Factory's `mask_history`). They differ for conversations of several turns only.
     """
 
     name: str = "sft"
+    turns: str = "all"
     needs_reference: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice("turns", self.turns, ("all", "last"))
+
+    @property
+    def all_turns(self) -> bool:
+        return self.turns == "all"
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None, scores: PairScores | None = None) -> LossOutput:
         return LossOutput(-policy.chosen, policy.chosen.detach(), policy.rejected.detach())

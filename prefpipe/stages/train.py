@@ -2,12 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from prefpipe import artifacts, models
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ConfigError
+from prefpipe.files import sha256_of
 from prefpipe.losses import Loss
 from prefpipe.processes import run_process
 from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
@@ -18,7 +19,7 @@ SCRATCH = ("state", "progress", "plan.json", "reference_logps.safetensors", "tim
 
 
 def train(
-    pairs: Sequence[Path],
+    data: Mapping[str, Sequence[Path]],
     out: Path,
     *,
     model: ModelConfig,
@@ -30,13 +31,16 @@ def train(
     hardware: HardwareConfig,
     seed: int,
     freeze: Callable[[dict[str, object]], Path],
+    reference_logps: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Train a policy and publish its checkpoint.
 
     Args:
+        data: "pairs", and for a loss that reads but one side "demonstrations" → artifacts.
         policy, reference: folders of weights.
         freeze: writes the run's config with these inputs filled in, and returns its path.
+        reference_logps: a CSV of sums that stands in for the reference; see training/reference_csv.py.
     """
     if training.global_batch_size % training.micro_batch_size:
         low = training.global_batch_size // training.micro_batch_size * training.micro_batch_size
@@ -58,15 +62,11 @@ def train(
             f"selection.apply=loss multiplies each pair's loss, and loss={loss.name} has none of a pair alone; use "
             f"selection.apply=sampling"
         )
-    if "kl" in loss.reads and training.reference == "cached":
+    _check_reference(loss, training, reference_logps)
+    if model.adapter != "none" and training.reference == "moving" and reference != policy:
         raise ConfigError(
-            f"loss={loss.name} needs the reference's whole distributions, which training.reference=cached does not "
-            f"hold; use training.reference=online"
-        )
-    if model.adapter != "none" and training.reference == "moving":
-        raise ConfigError(
-            f"training.reference=moving follows whole models, and model.adapter={model.adapter} trains none; use "
-            f"training.reference=auto, or model.adapter=none"
+            f"training.reference=moving moves a copy of the adapter of model.adapter={model.adapter}, so it starts at "
+            f"the policy: drop inputs.reference={reference}, or use model.adapter=none"
         )
     uses = {
         "loss": loss,
@@ -75,14 +75,15 @@ def train(
         "precision": hardware.precision,
         "device": hardware.device,
         "model": models.model_uses(model, policy) | models.adapter_uses(model),
-        "reference": models.weights_digest(reference) if loss.needs_reference else None,
+        "reference": models.weights_digest(reference) if loss.needs_reference and not reference_logps else None,
         "seed": seed,
     }
-    with artifacts.draft(out, Plan("train", SCHEMA, uses=uses, parents={"pairs": pairs}), overwrite=overwrite) as draft:
+    uses |= {"reference_logps": sha256_of(reference_logps)} if reference_logps else {}
+    with artifacts.draft(out, Plan("train", SCHEMA, uses=uses, parents=data), overwrite=overwrite) as draft:
         if draft.is_current:
             return
-        inputs = {"pairs": [str(p) for p in pairs], "checkpoint": str(policy), "reference": str(reference)}
-        config = freeze(dict(inputs))
+        folders = {name: [str(path) for path in paths] for name, paths in data.items()}
+        config = freeze({**folders, "checkpoint": str(policy), "reference": str(reference)})
         run_process(
             [sys.executable, "-m", "prefpipe.training.worker", str(config), "--work", str(draft.work)], "training"
         )
@@ -90,3 +91,36 @@ def train(
         (draft.work / "reference_logps.safetensors").unlink(missing_ok=True)
         names = [str(file.relative_to(draft.work)) for file in sorted(draft.work.rglob("*")) if file.is_file()]
         draft.add_files(name for name in names if Path(name).parts[0] not in SCRATCH and not name.endswith(".tmp"))
+
+
+def _check_reference(loss: Loss, training: TrainingConfig, reference_logps: Path | None) -> None:
+    """Refuse what the loss does not read, or cannot have from there."""
+    if not loss.needs_reference:
+        ignored = f"inputs.reference_logps={reference_logps}" if reference_logps else ""
+        ignored = ignored or f"training.reference={training.reference}" * (training.reference != "auto")
+        if ignored:
+            raise ConfigError(f"{ignored} would be ignored, as loss={loss.name} reads no reference; drop it")
+    if loss.of_rewards and training.head != "auto":
+        raise ConfigError(
+            f"training.head={training.head} would be ignored with loss={loss.name}: a reward model's head has one "
+            f"output; drop it"
+        )
+    if "kl" in loss.reads and training.reference == "cached":
+        raise ConfigError(
+            f"loss={loss.name} needs the reference's whole distributions, which training.reference=cached does not "
+            f"hold; use training.reference=online"
+        )
+    if reference_logps is None:
+        return
+    if not reference_logps.is_file():
+        raise ConfigError(f"inputs.reference_logps={reference_logps}: no such file; give a CSV, or drop it")
+    if training.reference != "auto":
+        raise ConfigError(
+            f"training.reference={training.reference} would be ignored, as inputs.reference_logps={reference_logps} "
+            f"stands in for the reference; drop one of them"
+        )
+    if loss.reads & {"kl", "token_logps"}:
+        raise ConfigError(
+            f"loss={loss.name} reads the reference token by token, and inputs.reference_logps={reference_logps} holds "
+            f"sums; drop it, and the reference is computed"
+        )

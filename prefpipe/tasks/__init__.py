@@ -21,6 +21,9 @@ class Policy(Protocol):
     def pair_logps(self, pairs: list[Pair]) -> list[tuple[float, int, float, int]]:
         """(chosen logp, chosen tokens, rejected logp, rejected tokens) of each pair; logps in nats, summed."""
 
+    def pair_rewards(self, pairs: list[Pair]) -> list[tuple[float, float] | None]:
+        """(chosen reward, rejected reward) of each pair, None where it cannot be encoded. ConfigError for a policy."""
+
 
 @dataclass
 class Task:

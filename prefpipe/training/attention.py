@@ -5,7 +5,7 @@ kernel for each, so that no work goes into padding or into pairs of tokens which
 that stands in one document can reach another, not even as a rounding error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +65,7 @@ def documents_attention(
     Raises:
         ValueError: the family asks for something that this attention does not know.
     """
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention of several documents in one row knows no {name}")
+    refuse_unsupported(kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -101,6 +99,13 @@ def documents_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a family adds to attention and no attention over documents knows."""
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention of several documents in one row knows no {name}")
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

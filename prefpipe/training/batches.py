@@ -11,11 +11,11 @@ from torch import Tensor
 
 from prefpipe.errors import DataError
 from prefpipe.prompts import ChatTemplate, Encoded, TemplateError
-from prefpipe.records import Pair, Split
+from prefpipe.records import Demonstration, Pair, Split
 from prefpipe.settings import SelectionConfig, TrainingConfig
 from prefpipe.training.attention import Document
-from prefpipe.training.reference_cache import completion_key
-from prefpipe.training.selection import pair_id, pair_weight
+from prefpipe.training.reference_keys import completion_key
+from prefpipe.training.selection import meta_number, pair_id, pair_weight
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,10 @@ class Example(NamedTuple):
 
     row: its number in the input artifact, for error messages. keys: of both sides in the reference cache. scores: of
     both sides, where they came with the pair. pair_id: of what the pair says, whatever its row. weight: of the pair,
-    by SelectionConfig. length: of the longer side, prompt included.
+    by SelectionConfig. trained: [C] bool, which tokens of the chosen side count, where turns of the user stand between
+    answers; None: all. decoder_start: the token before a completion that has a decoder of its own; None where it
+    follows the prompt. rank: lower ones come first in an epoch, by training.order. length: of the longer side, prompt
+    included.
     """
 
     row: int
@@ -36,6 +39,14 @@ class Example(NamedTuple):
     scores: tuple[float, float] | None = None
     pair_id: str = ""
     weight: float = 1.0
+    trained: np.ndarray | None = None
+    decoder_start: int | None = None
+    rank: float = 0.0
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens of the chosen side that count."""
+        return len(self.chosen) if self.trained is None else int(self.trained.sum())
 
     def tokens(self, *, pairwise: bool) -> int:
         """Of both sides, each with its prompt (SFT: of the chosen one)."""
@@ -46,16 +57,35 @@ class Example(NamedTuple):
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+class Fitted(NamedTuple):
+    """Both sides of a pair as the template gives them, and the example that fits training.max_tokens.
+
+    example: None where training.on_too_long=drop leaves the pair out. length: of the longer side, prompt included.
+    """
+
+    chosen: Encoded
+    rejected: Encoded
+    example: Example | None
+
+    @property
+    def length(self) -> int:
+        return len(self.chosen.prompt) + max(len(self.chosen.completion), len(self.rejected.completion))
+
+
 class Batch(NamedTuple):
     """R rows of T token ids that hold S completions of N tokens in all, and which position predicts which token.
 
-    The S completions are all chosen ones, then all rejected ones (SFT: chosen ones only).
+    The S completions are all chosen ones, then all rejected ones (SFT: chosen ones only). What a row holds between the
+    answers of a conversation is not among the N.
 
     input_ids: [R, T] int64. position_ids: [R, T], or None where they count from 0 at each row's start.
     documents: of the one row, which tokens see which; None where each row is one document, padded on its right.
     positions: [N] int64, row * T + column of the hidden state that predicts each token.
     targets: [N] int64, the tokens. sequences: [N] int64, the completion that each belongs to; offsets: [N], its place
     in there. lengths: [S] int64, tokens of each completion; width: of the longest.
+    ends: [S] int64, row * T + column of each completion's last token; None for an encoder-decoder model.
+    encoder_ids: [P, E] int64, the distinct prompts of an encoder-decoder model, padded on their right, whose rows above
+    are its decoder's input; encoder_mask: [P, E], 1 for tokens; encoder_rows: [R] int64, the prompt of each row.
     """
 
     input_ids: Tensor
@@ -67,6 +97,10 @@ class Batch(NamedTuple):
     offsets: Tensor
     lengths: Tensor
     width: int
+    ends: Tensor | None = None
+    encoder_ids: Tensor | None = None
+    encoder_mask: Tensor | None = None
+    encoder_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -75,54 +109,104 @@ class Batch(NamedTuple):
 
 
 def encode(
-    pairs: Iterable[Pair],
+    pairs: Iterable[Pair | Demonstration],
     template: ChatTemplate,
     training: TrainingConfig,
     *,
     pairwise: bool,
+    all_turns: bool = False,
     split: Split = Split.train,
     selection: SelectionConfig | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Token ids of every pair of one split, and how many were truncated, dropped or refused, by reason.
 
+    pairwise: read both sides. all_turns: of one side, train every turn of the assistant, as Loss.all_turns says; a
+    conversation that its template renders differently as it goes on becomes an example for each (`split_into_turns`).
     Raises DataError when nothing is left.
     """
     examples: list[Example] = []
     counts: Counter[str] = Counter()
     first_refusal = ""
     for row, pair in enumerate(pairs):
-        counts["pairs"] += 1
+        counts["pairs" if isinstance(pair, Pair) else "demonstrations"] += 1
         if pair.split != split:
             counts["other_split"] += 1
             continue
         try:
-            chosen = template.encode(pair.messages, pair.chosen)
-            rejected = template.encode(pair.messages, pair.rejected) if pairwise else Encoded(chosen.prompt, [])
+            found = encode_row(
+                pair, row, template, training, pairwise=pairwise, all_turns=all_turns, split=split, selection=selection
+            )
         except TemplateError as error:
             counts[error.code] += 1
             first_refusal = first_refusal or f"row {row}: {error}"
             continue
-        longest = len(chosen.prompt) + max(len(chosen.completion), len(rejected.completion))
-        if longest > training.max_tokens:
-            if training.on_too_long == "drop":
+        counts["split_into_turns"] += len(found) > 1
+        for fitted in found:
+            if fitted.example is None:
                 counts["too_long"] += 1
                 continue
-            counts["truncated"] += 1
+            counts["truncated"] += fitted.length > training.max_tokens
+            examples.append(fitted.example)
+    if first_refusal:
+        log.warning("some rows cannot be rendered; the first is %s", first_refusal)
+    if not examples:
+        what, total = ("pair", counts["pairs"]) if counts["pairs"] else ("demonstration", counts["demonstrations"])
+        raise DataError(f"no {what} is left to train on; of {total}: {dict(+counts)}. {first_refusal}".strip())
+    return examples, +counts
+
+
+def encode_row(
+    pair: Pair | Demonstration,
+    row: int,
+    template: ChatTemplate,
+    training: TrainingConfig,
+    *,
+    pairwise: bool,
+    all_turns: bool = False,
+    split: Split = Split.train,
+    selection: SelectionConfig | None = None,
+) -> list[Fitted]:
+    """What `encode` makes of one row: one example, or with all_turns perhaps several. Raises TemplateError."""
+    made = []
+    found = _encoded(pair, template, pairwise=pairwise, all_turns=all_turns)
+    for number, (chosen, rejected) in enumerate(found):
+        fitted = Fitted(chosen, rejected, None)
+        longest = fitted.length
+        if longest > training.max_tokens and training.on_too_long == "drop":
+            made.append(fitted)
+            continue
         prompt = cut_prompt(chosen.prompt, longest, training, keep_first=template.bos is not None)
         room = training.max_tokens - len(prompt)
         shown, *whole = (np.array(ids, np.int32) for ids in (prompt, chosen.completion, rejected.completion))
         keys = (completion_key(shown, whole[0]), completion_key(shown, whole[1]))
         weight = 1.0 if selection is None else pair_weight(pair, row, selection)
         completions = (whole[0][:room], whole[1][:room])
-        examples.append(Example(row, shown, *completions, keys, _scores(pair), pair_id(pair), weight))
-    if first_refusal:
-        log.warning("some rows cannot be rendered; the first is %s", first_refusal)
-    if not examples:
-        raise DataError(f"no pair is left to train on; of {counts['pairs']}: {dict(counts)}. {first_refusal}".strip())
-    return examples, counts
+        trained = None if chosen.trained is None else np.array(chosen.trained[:room])
+        identity = pair_id(pair) + (f"/{number}" if number else "")
+        example = Example(row, shown, *completions, keys, _scores(pair), identity, weight, trained)
+        rank = _rank(pair, row, training) if split == Split.train else 0.0
+        example = example._replace(decoder_start=template.decoder_start, rank=rank)
+        made.append(fitted._replace(example=example))
+    return made
 
 
-def _scores(pair: Pair) -> tuple[float, float] | None:
+def _encoded(
+    pair: Pair | Demonstration, template: ChatTemplate, *, pairwise: bool, all_turns: bool
+) -> list[tuple[Encoded, Encoded]]:
+    """Both sides; without pairwise the rejected one is empty, and with all_turns there may be several."""
+    text = pair.chosen if isinstance(pair, Pair) else pair.text
+    if all_turns:
+        return [(part, Encoded(part.prompt, [])) for part in template.encode_turns(pair.messages, text)]
+    chosen = template.encode(pair.messages, text)
+    if not pairwise:
+        return [(chosen, Encoded(chosen.prompt, []))]
+    assert isinstance(pair, Pair)
+    return [(chosen, template.encode(pair.messages, pair.rejected))]
+
+
+def _scores(pair: Pair | Demonstration) -> tuple[float, float] | None:
+    if isinstance(pair, Demonstration):
+        return None
     if pair.chosen_score is None or pair.rejected_score is None:
         return None
     return pair.chosen_score, pair.rejected_score
@@ -142,12 +226,25 @@ def cut_prompt(prompt: list[int], longest: int, training: TrainingConfig, *, kee
     return head + prompt[len(prompt) - (keep - len(head)) :]
 
 
-def data_order(num_examples: int, total: int, seed: int) -> Iterator[int]:
-    """Example numbers, epoch after epoch, each epoch in its own seeded order, until `total` are drawn."""
+def _rank(pair: Pair | Demonstration, row: int, training: TrainingConfig) -> float:
+    if training.order_column is None:
+        return 0.0
+    number = meta_number(pair, row, training.order_column, key="training.order_column")
+    return number if training.order == "ascending" else -number
+
+
+def data_order(num_examples: int, total: int, seed: int, ranks: Sequence[float] = ()) -> Iterator[int]:
+    """Example numbers, epoch after epoch, each epoch in its own seeded order, until `total` are drawn.
+
+    ranks: of each example; each epoch is sorted by them, and only equal ones are shuffled.
+    """
     drawn = 0
     epoch = 0
     while drawn < total:
-        for index in np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples):
+        shuffled = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+        if len(ranks):
+            shuffled = shuffled[np.argsort(np.asarray(ranks)[shuffled], kind="stable")]
+        for index in shuffled:
             if drawn == total:
                 return
             yield int(index)
@@ -180,18 +277,67 @@ def collate(examples: Sequence[Example], batching: str, *, pairwise: bool) -> Ba
     sides = [(e.prompt, e.chosen) for e in examples]
     if pairwise:
         sides += [(e.prompt, e.rejected) for e in examples]
-    return _padded(sides) if batching == "padded" else _packed(sides, shared=batching == "shared")
+    start = examples[0].decoder_start
+    if batching != "padded":
+        assert start is None, f"an encoder-decoder model knows no batching={batching}"
+        batch = _packed(sides, shared=batching == "shared")
+    else:
+        batch = _padded(sides) if start is None else _encoder_decoder(sides, start)
+    return batch if all(e.trained is None for e in examples) else _only_trained(batch, examples)
+
+
+def _only_trained(batch: Batch, examples: Sequence[Example]) -> Batch:
+    """The batch without the targets that no assistant wrote; rows, documents and what each token sees stay."""
+    masks = [np.ones(len(e.chosen), bool) if e.trained is None else e.trained for e in examples]
+    others = [np.ones(len(e.rejected), bool) for e in examples]
+    masks += others[: len(batch.lengths) - len(masks)]  # with a rejected side there are twice as many
+    keep = torch.from_numpy(np.concatenate(masks))
+    lengths = torch.tensor([int(mask.sum()) for mask in masks])
+    return batch._replace(
+        positions=batch.positions[keep],
+        targets=batch.targets[keep],
+        sequences=batch.sequences[keep],
+        offsets=torch.cat([torch.arange(int(length)) for length in lengths]),
+        lengths=lengths,
+        width=int(lengths.max()),
+    )
 
 
 def _padded(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
     """One completion to a row, padded on the right: causal attention needs no mask, as no token sees what follows."""
-    rows = [np.concatenate(side) for side in sides]
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for row, sequence in enumerate(rows):
-        ids[row, : len(sequence)] = sequence
+    ids, _ = _right_padded([np.concatenate(side) for side in sides])
     firsts = [row * ids.shape[1] + len(prompt) - 1 for row, (prompt, _) in enumerate(sides)]
     positions = [first + np.arange(len(completion)) for first, (_, completion) in zip(firsts, sides, strict=True)]
-    return _batch(ids, None, None, positions, [completion for _, completion in sides])
+    ends = [first + len(completion) for first, (_, completion) in zip(firsts, sides, strict=True)]
+    return _batch(ids, None, None, positions, [completion for _, completion in sides], ends)
+
+
+def _encoder_decoder(sides: Sequence[tuple[np.ndarray, np.ndarray]], start: int) -> Batch:
+    """One completion to a row of the decoder, behind its start token, and each distinct prompt to one of the encoder.
+
+    The decoder's rows need no mask, as they are causal; the encoder's do, as there each token sees all.
+    """
+    prompts = list({prompt.tobytes(): prompt for prompt, _ in sides}.values())
+    number = {prompt.tobytes(): row for row, prompt in enumerate(prompts)}
+    encoder_ids, encoder_mask = _right_padded(prompts)
+    ids, _ = _right_padded([np.concatenate([[start], completion[:-1]]) for _, completion in sides])
+    positions = [row * ids.shape[1] + np.arange(len(completion)) for row, (_, completion) in enumerate(sides)]
+    batch = _batch(ids, None, None, positions, [completion for _, completion in sides])
+    return batch._replace(
+        encoder_ids=torch.from_numpy(encoder_ids),
+        encoder_mask=torch.from_numpy(encoder_mask),
+        encoder_rows=torch.tensor([number[prompt.tobytes()] for prompt, _ in sides]),
+    )
+
+
+def _right_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask), both [R, T] int64."""
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, sequence in enumerate(rows):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask
 
 
 def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> Batch:
@@ -205,7 +351,8 @@ def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> 
     documents: list[Document] = []
     prompts: dict[bytes, int] = {}
     seen: dict[tuple[bytes, bytes], np.ndarray] = {}
-    positions = []
+    positions, ends = [], []
+    last: dict[tuple[bytes, bytes], int] = {}
     end = 0
     for prompt, completion in sides:
         key = (prompt.tobytes(), completion.tobytes())
@@ -224,13 +371,15 @@ def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> 
             first = document.end - len(completion)
             # The prompt's last token predicts the first one, each token of the completion the one after it.
             seen[key] = np.concatenate([[start + len(prompt) - 1], np.arange(first, document.end - 1)])
+            last[key] = document.end - 1
             ids += parts
             documents.append(document)
             places.append(first_place + np.arange(document.end - document.start))
             end = document.end
         positions.append(seen[key])
-    row = np.concatenate(ids).astype(np.int64)[None]
-    return _batch(row, np.concatenate(places)[None], documents, positions, [completion for _, completion in sides])
+        ends.append(last[key])
+    row, completions = np.concatenate(ids).astype(np.int64)[None], [completion for _, completion in sides]
+    return _batch(row, np.concatenate(places)[None], documents, positions, completions, ends)
 
 
 def _batch(
@@ -239,6 +388,7 @@ def _batch(
     documents: list[Document] | None,
     positions: Sequence[np.ndarray],
     completions: Sequence[np.ndarray],
+    ends: Sequence[int] | None = None,
 ) -> Batch:
     lengths = np.array([len(completion) for completion in completions])
     return Batch(
@@ -251,4 +401,5 @@ def _batch(
         offsets=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         lengths=torch.from_numpy(lengths),
         width=int(lengths.max()),
+        ends=None if ends is None else torch.tensor(ends),
     )

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefpipe.logps import PairLogps
-from prefpipe.losses import LossOutput
+from prefpipe.logps import PairLogps, PairRewards
+from prefpipe.losses import Loss, LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,10 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 class Measured(NamedTuple):
-    """Of a batch of B pairs, all [B] float64, detached. reference_*: 0 where the loss needs none."""
+    """Of a batch of B pairs, all [B] float64, detached. reference_*: 0 where the loss needs none.
+
+    chosen, rejected: log-probabilities; of a reward model its rewards.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -36,7 +39,7 @@ class Measured(NamedTuple):
     rejected_tokens: Tensor
 
     @classmethod
-    def of(cls, out: LossOutput, policy: PairLogps, reference: PairLogps | None) -> "Measured":
+    def of(cls, out: LossOutput, policy: PairLogps | PairRewards, reference: PairLogps | None) -> "Measured":
         """What a micro-batch gave; stays on its device."""
         zeros = torch.zeros_like(policy.chosen)
         frozen = (zeros, zeros) if reference is None else (reference.chosen, reference.rejected)
@@ -49,19 +52,22 @@ class Measured(NamedTuple):
         return cls(*torch.cat([torch.stack(part) for part in micro_batches], dim=1).cpu())
 
 
-def metrics(values: Measured, divisor: int, *, pairwise: bool, with_reference: bool) -> dict[str, float]:
+def metrics(values: Measured, divisor: int, *, loss: Loss, with_reference: bool) -> dict[str, float]:
     """Means over the global batch.
 
     rewards/accuracy_longer, accuracy_shorter: over the pairs whose chosen side has more, and fewer, tokens than the
     rejected one: far apart, they tell that length is what was learnt. log_ratio: policy - reference, nats per token.
     """
-    found = {"train/loss": float(values.loss.sum()) / divisor, "train/logps/chosen": float(values.chosen.mean())}
-    if not pairwise:
+    found = {"train/loss": float(values.loss.sum()) / divisor}
+    if not loss.of_rewards:
+        found["train/logps/chosen"] = float(values.chosen.mean())
+    if not loss.pairwise:
         return found
+    if not loss.of_rewards:
+        found["train/logps/rejected"] = float(values.rejected.mean())
     margin = values.chosen_rewards - values.rejected_rewards
     right = (margin > 0).double()
     found |= {
-        "train/logps/rejected": float(values.rejected.mean()),
         "train/rewards/chosen": float(values.chosen_rewards.mean()),
         "train/rewards/rejected": float(values.rejected_rewards.mean()),
         "train/rewards/margin": float(margin.mean()),

@@ -19,6 +19,7 @@ from prefpipe.settings import TrainingConfig
 from prefpipe.training.attention import DOCUMENTS, set_attention
 from prefpipe.training.batches import Batch, Example, collate, micro_batches
 from prefpipe.training.head import Head, TokenLogps, token_kl, token_logps
+from prefpipe.training.kernels import fastest_attention
 from prefpipe.training.last_layer import narrow_last_layer
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ NOTHING: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Frozen:
-    """A reference model in memory. off: entered while it is asked; a policy switches its adapter off there."""
+    """A reference model in memory.
+
+    off: entered while it is asked; a policy switches its adapter off there, or exchanges it.
+    """
 
     model: nn.Module
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -48,18 +52,28 @@ class Engine:
 
     batching: "padded", "packed" or "shared". head: "plain", "chunked" or "auto" (TrainingConfig says what they are).
     own_logits: take the logits that the model itself gives, of every position: for a head that ours does not reproduce.
+    attention: name, for set_attention, of the kernel where documents stand in one row.
     """
 
     device: torch.device
     batching: str = "padded"
     head: str = "auto"
     own_logits: bool = False
+    attention: str = DOCUMENTS
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Give a model the attention that the batching needs."""
         if self.batching != "padded":
-            set_attention(model, DOCUMENTS)
+            set_attention(model, self.attention)
             narrow_last_layer(model)
+
+    def with_fastest_attention(self, model: PreTrainedModel, dtype: torch.dtype) -> "Engine":
+        """This engine with the fastest kernel that the device has for documents in one row; the model is prepared."""
+        if self.batching == "padded":
+            return self
+        faster = replace(self, attention=fastest_attention(model, self.device, dtype))
+        faster.prepare(model)
+        return faster
 
     def logps(
         self,
@@ -85,7 +99,7 @@ class Engine:
             assert reference is not None
             with torch.no_grad(), reference.off():
                 other = self._hidden(reference.model, batch)
-            kl = token_kl(Head.of(_unwrapped(model)), hidden, reference.logits, other)
+            kl = token_kl(self._head(model), hidden, nn.Identity() if self.own_logits else reference.logits, other)
             parts["kl"] = _by_sequence(kl, batch).sum(1)
         sums = table.sum(1)
         if not pairwise:
@@ -94,26 +108,63 @@ class Engine:
         sides = {f"{side}_{name}": part for name, both in parts.items() for side, part in _sides(both)}
         return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, **sides)
 
+    def rewards(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[S] rewards of a batch's completions, float32 at least: a reward model's head on their last tokens."""
+        assert batch.ends is not None, "an encoder-decoder model gives no rewards"
+        batch = batch._replace(positions=batch.ends).to(self.device)
+        hidden = self._hidden(model, batch)
+        with torch.autocast(self.device.type, enabled=False):
+            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            found: Tensor = _unwrapped(model).score(wide)[:, 0]  # type: ignore[operator]
+        return found
+
     def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """[N, H] hidden states that predict the targets; with own_logits [N, V] logits."""
         inner = _unwrapped(model)
+        if batch.encoder_ids is not None:
+            return self._decoded(inner, batch)
         documents = {} if batch.documents is None else {"documents": batch.documents}
         body = inner if self.own_logits else inner.get_decoder()
         out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **documents)
         states: Tensor = out.logits if self.own_logits else out.last_hidden_state
         return states.flatten(0, 1)[batch.positions]
 
+    def _decoded(self, inner: PreTrainedModel, batch: Batch) -> Tensor:
+        """_hidden of an encoder-decoder model, whose encoder sees a prompt once, however many completions it has."""
+        assert batch.encoder_ids is not None
+        assert batch.encoder_mask is not None
+        mask = batch.encoder_mask[batch.encoder_rows]
+        if self.own_logits:
+            prompts = batch.encoder_ids[batch.encoder_rows]
+            out = inner(input_ids=prompts, attention_mask=mask, decoder_input_ids=batch.input_ids, use_cache=False)
+        else:
+            encoded = inner.get_encoder()(input_ids=batch.encoder_ids, attention_mask=batch.encoder_mask)
+            out = inner.get_decoder()(
+                input_ids=batch.input_ids,
+                encoder_hidden_states=encoded.last_hidden_state[batch.encoder_rows],
+                encoder_attention_mask=mask,
+                use_cache=False,
+            )
+        states: Tensor = out.logits if self.own_logits else out.last_hidden_state
+        return states.flatten(0, 1)[batch.positions]
+
     def _token_logps(self, model: nn.Module, hidden: Tensor, batch: Batch, *, collision: bool) -> TokenLogps:
-        if not self.own_logits:
-            return token_logps(Head.of(_unwrapped(model)), hidden, batch.targets, mode=self.head, collision=collision)
-        return token_logps(Head(nn.Identity()), hidden, batch.targets, mode="plain", collision=collision)
+        mode = "plain" if self.own_logits else self.head
+        return token_logps(self._head(model), hidden, batch.targets, mode=mode, collision=collision)
+
+    def _head(self, model: nn.Module) -> Head:
+        return Head(nn.Identity()) if self.own_logits else Head.of(_unwrapped(model))
 
     @torch.no_grad()
     def each_token(self, model: nn.Module, batch: Batch) -> list[np.ndarray]:
-        """Of each of the batch's S completions the log-probability of each token, [C] float32, nats; no gradients."""
+        """Of each of the batch's S completions the log-probability of each token, [C], nats; no gradients.
+
+        float32; of a float64 model float64.
+        """
         batch = batch.to(self.device)
         logps = self._token_logps(model, self._hidden(model, batch), batch, collision=False).logps
-        return np.split(logps.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
+        logps = logps if logps.dtype == torch.float64 else logps.float()
+        return np.split(logps.cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
 
     def all_logps(
         self, model: nn.Module, examples: Sequence[Example], training: TrainingConfig, *, pairwise: bool = True
@@ -124,7 +175,7 @@ class Engine:
             batch = collate([examples[i] for i in chunk], self.batching, pairwise=pairwise)
             found = [float(values.sum(dtype=np.float64)) for values in self.each_token(model, batch)]
             sums[: 1 + pairwise, chunk] = torch.tensor(found, dtype=torch.float64).view(1 + pairwise, -1)
-        tokens = torch.tensor([[len(e.chosen) for e in examples], [len(e.rejected) for e in examples]])
+        tokens = torch.tensor([[e.num_trained for e in examples], [len(e.rejected) for e in examples]])
         return PairLogps(sums[0], sums[1], tokens[0], tokens[1] if pairwise else torch.ones_like(tokens[1]))
 
 
@@ -143,11 +194,19 @@ def choose_engine(
     completion in a row: "auto" takes the first that does, a batching that is asked for by name and fails raises
     ConfigError. The model's attention is set for the engine that is returned.
     """
+    batching = training.batching
+    candidates = ["shared", "packed", "padded"] if batching == "auto" else [batching]
+    if model.config.is_encoder_decoder:
+        if batching not in ("auto", "padded"):
+            raise ConfigError(
+                f"training.batching={batching} lays a prompt and its completions into one row, but this model is an "
+                f"encoder-decoder, which keeps them apart; use training.batching=auto, where its encoder reads a "
+                f"prompt once for all its completions"
+            )
+        candidates = ["padded"]
     shortest = sorted(examples, key=lambda e: (e.length, e.row))[:2]
     oracle = Engine(device, own_logits=True)
     expected = oracle.all_logps(model, shortest, replace(training, micro_batch_size=1), pairwise=pairwise)
-    batching = training.batching
-    candidates = ["shared", "packed", "padded"] if batching == "auto" else [batching]
     own_attention = str(model.config._attn_implementation)
     for candidate in candidates:
         plain = Engine(device, candidate, training.head)

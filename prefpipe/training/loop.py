@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,28 @@ from prefpipe.errors import DataError
 from prefpipe.files import write_json
 from prefpipe.losses import Loss, PairScores
 from prefpipe.progress import progress
-from prefpipe.prompts import ChatTemplate
-from prefpipe.records import Pair
+from prefpipe.records import Demonstration, Pair
+from prefpipe.reward_models import new_reward_model
 from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
-from prefpipe.training import adapters, checkpoints
+from prefpipe.training import adapters, checkpoints, rewards
 from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
 from prefpipe.training.diagnostics import FallingChosen, Measured, metrics, speed
-from prefpipe.training.engine import Engine, Frozen, choose_engine, without_dropout
+from prefpipe.training.engine import Engine, Frozen, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
-from prefpipe.training.reference import CachedReference, OnlineReference, Reference, cached_values, in_memory
+from prefpipe.training.reference import (
+    FixedReference,
+    OnlineReference,
+    Reference,
+    cached_values,
+    from_csv,
+    in_memory,
+    to_csv,
+    whole_model,
+)
 from prefpipe.training.reference_cache import ReferenceCache
+from prefpipe.training.reference_csv import PairNames
 from prefpipe.training.selection import select
 
 log = logging.getLogger(__name__)
@@ -45,11 +56,12 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Job:
     """What one training run is made of.
 
-    pairs: held-out ones are left out here, whatever was done before.
+    pairs: or demonstrations, for SFT; held-out ones are left out here, whatever was done before.
     policy, reference: folders of weights. work: where the checkpoint is written; a killed run's states lie there.
+    reference_logps: a file of sums that stands in for the reference.
     """
 
-    pairs: Iterable[Pair]
+    pairs: Iterable[Pair | Demonstration]
     model: ModelConfig
     policy: Path
     reference: Path
@@ -60,6 +72,7 @@ class Job:
     work: Path
     cache: Path
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    reference_logps: Path | None = None
 
 
 def train(job: Job) -> None:
@@ -73,9 +86,12 @@ def train(job: Job) -> None:
     precision = models.precision_of(job.hardware, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=MIXED_PRECISION[precision])
 
-    tokenizer = models.load_tokenizer(job.model, job.policy)
-    template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, job.policy))
-    examples, counts = encode(job.pairs, template, training, pairwise=loss.pairwise, selection=job.selection)
+    template = models.load_template(job.model, job.policy, rewards=loss.of_rewards)
+    names = PairNames()
+    pairs = names.seen(job.pairs) if loss.needs_reference else job.pairs
+    examples, counts = encode(
+        pairs, template, training, pairwise=loss.pairwise, all_turns=loss.all_turns, selection=job.selection
+    )
     selected = select([e.pair_id for e in examples], [e.weight for e in examples], job.selection, job.seed)
     examples = [
         examples[i]._replace(weight=weight) for i, weight in zip(selected.indices, selected.weights, strict=True)
@@ -88,10 +104,13 @@ def train(job: Job) -> None:
 
     policy = _load(job, job.policy, device)
     own_attention = str(policy.config._attn_implementation)
-    engine = choose_engine(training, policy, examples, device=device, pairwise=loss.pairwise)
-    log.info("log-probabilities: batching %s, head %s", engine.batching, engine.head)
+    engine = rewards.engine_for(loss, training, policy, examples, device=device)
+    engine = engine.with_fastest_attention(policy, models.dtype_of(precision))
+    log.info("forward pass: batching %s, head %s, %s", engine.batching, engine.head, policy.config._attn_implementation)
     with_gradients = with_adapter(policy, job.model)
-    reference = _reference(job, with_gradients, examples, engine, accelerator) if loss.needs_reference else None
+    reference = _reference(job, names, with_gradients, examples, engine, accelerator) if loss.needs_reference else None
+    if isinstance(reference, FixedReference):
+        to_csv(work / "reference_logps.csv", reference, names, examples)
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with_gradients.train()
@@ -100,14 +119,13 @@ def train(job: Job) -> None:
     model, optimizer = accelerator.prepare(with_gradients, optimizer)
 
     frozen_model = in_memory(reference)
-    if training.reference == "moving" and frozen_model is not None:  # a state holds it too
-        moving = {f"reference.{name}": p for name, p in frozen_model.model.named_parameters()}
-    else:
-        moving = {}
+    moving = reference.moving() if isinstance(reference, OnlineReference) else {}
     data = hashlib.sha256(b"".join(key for e in examples for key in e.keys)).hexdigest()
     first_step = _resume(work, trained | moving, optimizer, accelerator, data=data)
-    order = islice(data_order(len(examples), num_drawn, job.seed), first_step * training.global_batch_size, None)
-    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    ranks = [example.rank for example in examples]
+    order = islice(data_order(len(examples), num_drawn, job.seed, ranks), first_step * training.global_batch_size, None)
+    # That a token passes: one of the two stacks of an encoder-decoder, which are about as large.
+    num_parameters = sum(p.numel() for p in policy.parameters()) // (2 if policy.config.is_encoder_decoder else 1)
     falling = FallingChosen()
     metrics_file = (work / "metrics.jsonl").open("ab")
     timing_file = (work / "timing.jsonl").open("ab")
@@ -116,14 +134,14 @@ def train(job: Job) -> None:
             started = time.perf_counter()
             indices = list(islice(order, training.global_batch_size))
             # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
-            divisor = len(indices) if loss.pairwise else sum(len(examples[i].chosen) for i in indices)
+            divisor = len(indices) if loss.pairwise else sum(examples[i].num_trained for i in indices)
             rows: list[int] = []
             measured: list[Measured] = []
             for micro in micro_batches(examples, indices, training):
                 batch = [examples[i] for i in micro]
                 with accelerator.autocast():
                     frozen = None if reference is None else reference.logps(micro, loss.reads)
-                    logps = engine.logps(model, batch, pairwise=loss.pairwise, reads=loss.reads, reference=frozen_model)
+                    logps = rewards.measure(engine, model, batch, loss, frozen_model)
                 out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
                 if job.selection.apply == "loss":
                     out = out._replace(loss=out.loss * out.loss.new_tensor([example.weight for example in batch]))
@@ -139,12 +157,12 @@ def train(job: Job) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if reference is not None:
-                reference.follow(with_gradients, step + 1)
+                reference.follow(step + 1)
 
             epoch = (step * training.global_batch_size + len(indices)) / len(examples)
             row = {"step": step + 1, "epoch": round(epoch, 6), "train/learning_rate": rate}
             row |= {"train/grad_norm": float(grad_norm)}
-            row |= metrics(values, divisor, pairwise=loss.pairwise, with_reference=reference is not None)
+            row |= metrics(values, divisor, loss=loss, with_reference=reference is not None)
             falling.see(row)
             metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             metrics_file.flush()
@@ -162,10 +180,8 @@ def train(job: Job) -> None:
     timing_file.close()
     policy = adapters.save(with_gradients, work)
     set_attention(policy, own_attention)
-    # The config of the checkpoint is that of the policy it started from, dropout rates included.
-    policy.config = type(policy.config).from_pretrained(job.policy)
-    policy.save_pretrained(work)
-    tokenizer.save_pretrained(work)
+    models.save_weights(policy, work, like=job.policy, padding=template.tokenizer.pad_token_id)
+    template.tokenizer.save_pretrained(work)
 
 
 def run_length(num_examples: int, training: TrainingConfig) -> tuple[int, int]:
@@ -178,20 +194,31 @@ def run_length(num_examples: int, training: TrainingConfig) -> tuple[int, int]:
 
 def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
     """Weights in float32: the optimizer's updates at a learning rate of 5e-7 vanish in bfloat16."""
-    model = models.load_weights(job.model, folder, dtype=torch.float32, device=device)
+    if job.loss.of_rewards:
+        model = new_reward_model(job.model, folder, seed=job.seed, device=device)
+    else:
+        model = models.load_weights(job.model, folder, dtype=torch.float32, device=device)
     without_dropout(model)
     return model
 
 
 def _reference(
-    job: Job, policy: nn.Module, examples: list[Example], engine: Engine, accelerator: Accelerator
+    job: Job, names: PairNames, policy: nn.Module, examples: list[Example], engine: Engine, accelerator: Accelerator
 ) -> Reference:
     """Where it is the policy itself, an adapter is switched off; a full policy has not moved yet when it is asked."""
     training = job.training
+    if job.reference_logps is not None:
+        return from_csv(job.reference_logps, names, examples, engine.device)
     is_policy = job.reference == job.policy
     adapted = job.model.adapter != "none"
-    online = training.reference in ("online", "moving") or "kl" in job.loss.reads
-    if is_policy and adapted:
+    moving = training.reference == "moving"
+    online = training.reference == "online" or moving or "kl" in job.loss.reads
+    following = {}
+    if adapted and moving:
+        assert is_policy
+        following = adapters.add_reference(policy)
+        frozen = Frozen(policy, partial(adapters.reference_on, policy))
+    elif is_policy and adapted:
         frozen = Frozen(policy, policy.disable_adapter)  # type: ignore[arg-type]
     elif is_policy and not online:
         frozen = Frozen(policy)
@@ -199,9 +226,10 @@ def _reference(
         second = _load(job, job.reference, engine.device)
         engine.prepare(second)
         frozen = Frozen(second.requires_grad_(False).eval())
+        following = whole_model(second, policy) if moving else {}
     if online:
         alpha, every = training.reference_alpha or 0.0, training.reference_steps or 1
-        return OnlineReference(frozen, examples, engine, alpha=alpha, every=every)
+        return OnlineReference(frozen, examples, engine, following=following, alpha=alpha, every=every)
     precision = models.precision_of(job.hardware, engine.device)
     cache = ReferenceCache(
         job.cache / "reference_logps", weights=models.weights_digest(job.reference), precision=precision
@@ -215,7 +243,7 @@ def _reference(
             training=training,
             snapshot=job.work / "reference_logps.safetensors",
         )
-    return CachedReference(values, engine.device)
+    return FixedReference.of_values(values, engine.device)
 
 
 def _scores(batch: list[Example], device: torch.device) -> PairScores:

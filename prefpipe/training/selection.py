@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefpipe.errors import DataError
-from prefpipe.records import Pair
+from prefpipe.records import Demonstration, Pair
 from prefpipe.settings import OTHER_DIFFERENCES, SelectionConfig
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,14 @@ class Selection:
     counts: Counter[str]
 
 
-def pair_id(pair: Pair) -> str:
-    """16 hex digits of the prompt and both texts; the same whatever the model, its tokenizer, scores and meta."""
-    text = "\0".join((pair.prompt_id, pair.chosen, pair.rejected))
+def pair_id(pair: Pair | Demonstration) -> str:
+    """16 hex digits of the prompt and the texts; the same whatever the model, its tokenizer, scores and meta."""
+    texts = (pair.chosen, pair.rejected) if isinstance(pair, Pair) else (pair.text,)
+    text = "\0".join((pair.prompt_id, *texts))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def pair_weight(pair: Pair, row: int, selection: SelectionConfig) -> float:
+def pair_weight(pair: Pair | Demonstration, row: int, selection: SelectionConfig) -> float:
     """The weight that selection gives a pair, before selection.max_weight; infinite only where that will cut it.
 
     Raises DataError, naming the row, where the pair lacks what the weight is made of, or has no weight of at least 0.
@@ -52,7 +53,7 @@ def pair_weight(pair: Pair, row: int, selection: SelectionConfig) -> float:
     if selection.name == "strength":
         difference = str(rounded(_score_difference(pair, row, selection)))
         return float(selection.strength.get(difference, selection.strength[OTHER_DIFFERENCES]))
-    number = _score_difference(pair, row, selection) if selection.name == "margin" else _number(pair, row, selection)
+    number = _score_difference(pair, row, selection) if selection.name == "margin" else _column(pair, row, selection)
     weight = _transformed(number, selection.transform)
     if weight < 0:
         raise DataError(
@@ -118,7 +119,12 @@ def select(ids: Sequence[str], weights: Sequence[float], selection: SelectionCon
     return Selection(indices, factors, +counts)
 
 
-def _score_difference(pair: Pair, row: int, selection: SelectionConfig) -> float:
+def _score_difference(pair: Pair | Demonstration, row: int, selection: SelectionConfig) -> float:
+    if isinstance(pair, Demonstration):
+        raise DataError(
+            f"row {row} of inputs.demonstrations has no rejected side, and selection={selection.name} reads the "
+            f"difference of two scores; use selection=random or column, or train on pairs with inputs.pairs="
+        )
     if pair.chosen_score is None or pair.rejected_score is None:
         raise DataError(
             f"row {row} of inputs.pairs has no chosen_score and rejected_score, and selection={selection.name} reads "
@@ -133,12 +139,15 @@ def _score_difference(pair: Pair, row: int, selection: SelectionConfig) -> float
     return difference
 
 
-def _number(pair: Pair, row: int, selection: SelectionConfig) -> float:
-    """The number in meta; CSV cells hold it as text."""
-    column = str(selection.column)
+def _column(pair: Pair | Demonstration, row: int, selection: SelectionConfig) -> float:
+    return meta_number(pair, row, str(selection.column), key="selection.column")
+
+
+def meta_number(pair: Pair | Demonstration, row: int, column: str, *, key: str) -> float:
+    """The number in meta; CSV cells hold it as text. Raises DataError, naming the config key, where there is none."""
     if column not in pair.meta:
         raise DataError(
-            f"row {row} of inputs.pairs has no meta key selection.column={column}; it has {sorted(pair.meta)[:12]}; a "
+            f"row {row} of inputs.pairs has no meta key {key}={column}; it has {sorted(pair.meta)[:12]}; a "
             f"file's column becomes one by data_mixer.columns='{{meta.{column}: COLUMN}}' at stage=prepare"
         )
     value = pair.meta[column]
@@ -148,7 +157,7 @@ def _number(pair: Pair, row: int, selection: SelectionConfig) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise DataError(
-            f"row {row} of inputs.pairs: selection.column={column} is {str(value)[:40]!r}, not a finite number; mend "
+            f"row {row} of inputs.pairs: {key}={column} is {str(value)[:40]!r}, not a finite number; mend "
             f"or leave out the row"
         )
     return number

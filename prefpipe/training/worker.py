@@ -1,14 +1,11 @@
 """Main of each training process: `python -m prefpipe.training.worker CONFIG --work DIR`. No Hydra, a frozen config."""
 
 import argparse
-import itertools
 import logging
 from pathlib import Path
 
-from prefpipe import artifacts
 from prefpipe.config import load_run_config, register_schemas
 from prefpipe.logs import log_to, report_errors, set_up_logging
-from prefpipe.records import Pair
 from prefpipe.rounds import Layout
 
 
@@ -23,15 +20,16 @@ def main() -> None:
         register_schemas()
         run = load_run_config(args.config)
         log_to(Layout(Path(run.paths.runs) / run.exp_name, run.point, run.round).log_file("train"))
+        from prefpipe.training.data import training_rows
         from prefpipe.training.loop import Job, train
 
-        folders = [Path(folder) for folder in run.inputs.pairs]
-        pairs = itertools.chain.from_iterable(artifacts.read(folder, Pair, key="inputs.pairs") for folder in folders)
+        given = {"pairs": run.inputs.pairs, "demonstrations": run.inputs.demonstrations}
+        inputs = {name: [Path(folder) for folder in folders or ()] for name, folders in given.items()}
         assert run.inputs.checkpoint
         assert run.inputs.reference
         train(
             Job(
-                pairs=pairs,
+                pairs=training_rows(inputs),
                 model=run.model,
                 policy=Path(run.inputs.checkpoint),
                 reference=Path(run.inputs.reference),
@@ -42,6 +40,7 @@ def main() -> None:
                 work=args.work,
                 cache=Path(run.paths.cache),
                 selection=run.selection,
+                reference_logps=Path(run.inputs.reference_logps) if run.inputs.reference_logps else None,
             )
         )
     logging.shutdown()

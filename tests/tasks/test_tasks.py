@@ -14,6 +14,7 @@ from prefpipe.tasks.accuracy import Accuracy
 from prefpipe.tasks.maj_at_k import MajAtK, majority
 from prefpipe.tasks.pair_accuracy import PairAccuracy
 from prefpipe.tasks.pass_at_k import PassAtK, pass_at_k
+from prefpipe.tasks.reward_accuracy import RewardAccuracy
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Scripted:
 
     texts: list[list[str]] = field(default_factory=list)
     logps: list[tuple[float, int, float, int]] = field(default_factory=list)
+    rewards: list[tuple[float, float] | None] = field(default_factory=list)
 
     def sample(
         self, prompts: Iterable[Prompt], *, num_samples: int, temperature: float, max_new_tokens: int | None = None
@@ -41,6 +43,9 @@ class Scripted:
 
     def pair_logps(self, pairs: list[Pair]) -> list[tuple[float, int, float, int]]:
         return self.logps
+
+    def pair_rewards(self, pairs: list[Pair]) -> list[tuple[float, float] | None]:
+        return self.rewards
 
 
 def problems(*answers: str | None) -> list[Prompt]:
@@ -133,3 +138,19 @@ def test_pair_accuracy_by_sum_and_by_mean_and_half_for_equals():
 def test_knobs_are_checked(cls, knobs, key):
     with pytest.raises(ConfigError, match=key):
         cls(**knobs)
+
+
+def test_reward_accuracy_by_hand_with_shares_by_source_and_by_length():
+    """Right, wrong, a tie, and one that its template refuses: 1.5 of 3; source a has 1 of 2, source b 0.5 of 1."""
+    texts = [("right answer", "no", "a"), ("x", "longer", "a"), ("same", "size", "b"), ("y", "z", "b")]
+    pairs = [Pair(prompt_id="p", messages=[], source=s, chosen=c, rejected=r) for c, r, s in texts]
+    policy = Scripted(rewards=[(2.0, -1.0), (0.0, 1.0), (0.5, 0.5), None])
+    (result,), samples = RewardAccuracy().evaluate(policy, [], pairs)
+    assert (result.metric, result.value, result.n, samples) == ("reward_accuracy", 0.5, 3, [])
+    shares = {"chosen_longer": 1.0, "chosen_shorter": 0.0, "source/a": 0.5, "source/b": 0.5}
+    assert result.details["accuracy"] == shares
+    assert result.details["mean_over_sources"] == 0.5
+    assert result.details["mean_margin"] == pytest.approx((3.0 - 1.0 + 0.0) / 3)
+    assert result.details["no_reward"] == 1
+    with pytest.raises(DataError, match="needs held-out pairs"):
+        RewardAccuracy().evaluate(policy, [], [])

@@ -112,6 +112,42 @@ def test_epochs_and_seeds_have_their_own_order():
     assert first != list(data_order(50, 50, 1))
 
 
+def test_a_curriculum_sorts_each_epoch_and_shuffles_equal_ranks(template):
+    """Pass rates 0, 0.5 and 1 of 30 pairs, written as numbers or, as in a CSV, as text: from easy to hard and back."""
+    pairs = [
+        replace(pair(f"question {i}", "a", "b"), meta={"pass_rate": rate if i % 2 else str(rate)})
+        for i, rate in enumerate([0, 0.5, 1] * 10)
+    ]
+    orders = {}
+    for order in ("ascending", "descending"):
+        training = TrainingConfig(order=order, order_column="pass_rate")
+        examples, _ = encode(pairs, template, training, pairwise=True)
+        ranks = [example.rank for example in examples]
+        drawn = list(data_order(30, 60, 0, ranks))
+        for epoch in (drawn[:30], drawn[30:]):
+            assert sorted(epoch) == list(range(30))
+            rates = [float(pairs[i].meta["pass_rate"]) for i in epoch]
+            assert rates == sorted(rates, reverse=order == "descending")
+        assert drawn[:30] != drawn[30:]
+        orders[order] = drawn
+    assert orders["ascending"][:10] != sorted(orders["ascending"][:10])
+    plain, _ = encode(pairs, template, TrainingConfig(), pairwise=True)
+    assert list(data_order(30, 60, 0, [e.rank for e in plain])) == list(data_order(30, 60, 0))
+
+
+def test_a_curriculum_needs_its_number_in_what_is_trained_on_alone(template):
+    training = TrainingConfig(order="descending", order_column="pass_rate")
+    with pytest.raises(DataError, match=r"row 0 of inputs.pairs has no meta key training.order_column=pass_rate"):
+        encode([pair("q", "a", "b")], template, training, pairwise=True)
+    with pytest.raises(DataError, match=r"training.order_column=pass_rate is 'high', not a finite number"):
+        encode([replace(pair("q", "a", "b"), meta={"pass_rate": "high"})], template, training, pairwise=True)
+    held = replace(pair("q", "a", "b"), split=Split.heldout)
+    assert len(encode([held], template, training, pairwise=True, split=Split.heldout)[0]) == 1
+    for wrong in ({"order": "ascending"}, {"order_column": "pass_rate"}):
+        with pytest.raises(ConfigError, match="do not go together"):
+            TrainingConfig(**wrong)
+
+
 def test_run_length_by_epochs_and_by_steps():
     assert run_length(10, TrainingConfig(global_batch_size=4, micro_batch_size=2)) == (3, 10)
     assert run_length(10, TrainingConfig(global_batch_size=4, micro_batch_size=2, num_epochs=2.5)) == (7, 25)

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +27,13 @@ from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.losses import PairScores
 from prefpipe.settings import TrainingConfig
-from prefpipe.training import attention
-from prefpipe.training.batches import Example, collate
+from prefpipe.training import adapters, attention
+from prefpipe.training.batches import Example
 from prefpipe.training.engine import Engine, Frozen, choose_engine
 from prefpipe.training.head import Head
-from prefpipe.training.reference import CachedReference, OnlineReference, Reference
+from prefpipe.training.reference import FixedReference, OnlineReference, Reference, cached_values, whole_model
+from prefpipe.training.reference_cache import ReferenceCache
+from prefpipe.training.reference_keys import completion_key
 
 COMMON = {
     "vocab_size": 61,
@@ -117,7 +120,7 @@ def examples(seed: int = 0, count: int = 5, longest: int = 12) -> list[Example]:
         scores = tuple(rng.normal(size=2).tolist())
         made.append(Example(row, *sides, scores=scores))
     made[-1] = made[-1]._replace(prompt=made[-2].prompt, rejected=made[-2].chosen)
-    return made
+    return [e._replace(keys=(completion_key(e.prompt, e.chosen), completion_key(e.prompt, e.rejected))) for e in made]
 
 
 def by_hand(net: nn.Module, rows: list[Example], reference: nn.Module | None = None) -> PairLogps:
@@ -146,12 +149,14 @@ def prepared(net: nn.Module, engine: Engine) -> nn.Module:
     return net
 
 
-def reference_of(kind: str, family: str, engine: Engine, rows: list[Example]) -> Reference:
+def reference_of(kind: str, family: str, engine: Engine, rows: list[Example], folder: Path) -> Reference:
     net = prepared(model(family, seed=1), engine)
     if kind == "online":
         return OnlineReference(Frozen(net), rows, engine)
-    values = engine.each_token(net, collate(rows, engine.batching, pairwise=True))
-    return CachedReference([values[i + side * len(rows)] for i in range(len(rows)) for side in (0, 1)], CPU)
+    cache = ReferenceCache(folder, weights=family, precision="fp64")
+    training = TrainingConfig(micro_batch_size=2)
+    values = cached_values(net, rows, engine, cache=cache, training=training, snapshot=folder / "run.safetensors")
+    return FixedReference.of_values(values, CPU)
 
 
 def gradients(net: nn.Module) -> list[Tensor]:
@@ -165,15 +170,11 @@ def total(name: str, policy: PairLogps, reference: PairLogps, rows: Sequence[Exa
 
 
 @functools.cache
-def expected(family: str, name: str, reference: str) -> tuple[float, list[Tensor]]:
-    """Loss and gradients from by_hand; a cached reference holds float32."""
+def expected(family: str, name: str) -> tuple[float, list[Tensor]]:
+    """Loss and gradients from by_hand."""
     net, other, rows = model(family), model(family, seed=1), examples()
     with torch.no_grad():
         frozen = by_hand(other, rows)
-        if reference == "cached":
-            tables = [frozen.chosen_token_logps.float().double(), frozen.rejected_token_logps.float().double()]
-            frozen = frozen._replace(chosen=tables[0].sum(1), rejected=tables[1].sum(1))
-            frozen = frozen._replace(chosen_token_logps=tables[0], rejected_token_logps=tables[1])
     loss = total(name, by_hand(net, rows, other), frozen, rows)
     loss.backward()
     return loss.item(), gradients(net)
@@ -183,7 +184,7 @@ def expected(family: str, name: str, reference: str) -> tuple[float, list[Tensor
 @pytest.mark.parametrize("head", ["plain", "chunked"])
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head, reference, monkeypatch):
+def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head, reference, monkeypatch, tmp_path):
     """loss x batching x head x reference x family, against one completion at a time, in float64.
 
     Every loss on one family, and on the others those that read something different of the log-probabilities.
@@ -191,7 +192,7 @@ def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head,
     monkeypatch.setattr("prefpipe.training.head.TILE_BYTES", 4 * 61 * 16)  # tiles of 16 tokens: several of them
     engine, rows = Engine(CPU, batching, head), examples()
     net = prepared(model(family), engine)
-    frozen = reference_of(reference, family, engine, rows)
+    frozen = reference_of(reference, family, engine, rows, tmp_path)
     for name in PAIRWISE if family == "llama" else ("dpo", "ipo", "simpo", "ld_dpo", "wpo", "tdpo"):
         reads = PAIRWISE[name].reads
         if "kl" in reads and reference == "cached":
@@ -201,7 +202,7 @@ def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head,
         policy = engine.logps(net, rows, pairwise=True, reads=reads, reference=second)
         loss = total(name, policy, frozen.logps(range(len(rows)), reads), rows)
         loss.backward()
-        value, slopes = expected(family, name, reference)
+        value, slopes = expected(family, name)
         assert loss.item() == pytest.approx(value, rel=1e-10, abs=1e-10), name
         found = gradients(net)
         assert len(found) == len(slopes)
@@ -324,6 +325,79 @@ def test_chunked_and_frozen_heads_keep_no_logits_for_the_backward_pass():
         held[family, head] = max(logits, default=0)
     assert held["llama", "plain"] > 0
     assert held["llama", "chunked"] == held["frozen_head", "plain"] == 0
+
+
+def with_lora(net: nn.Module, *, dora: bool) -> nn.Module:
+    """With an adapter that changes something, as one that has learned does."""
+    net = get_peft_model(net, LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.0, use_dora=dora))
+    learn(net, 1)
+    return net
+
+
+def learn(net: nn.Module, seed: int) -> None:
+    """Other values for everything that is trained."""
+    torch.manual_seed(seed)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_copy_of_the_adapter_is_the_reference_that_a_second_model_would_be(batching, dora):
+    """alpha = 1: the adapter that follows, against a whole model that follows the policy with its adapter merged.
+
+    Log-probabilities, and loss and gradients of TDPO, which reads the reference while the policy's graph is held.
+    """
+    engine, rows, name = Engine(CPU, batching), examples(), "tdpo"
+    policy = prepared(with_lora(model("llama"), dora=dora), engine)
+    following = adapters.add_reference(policy)
+    names = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert {n.replace(".reference", ".default") for n in following} == names
+    copy_of_adapter = OnlineReference(
+        Frozen(policy, functools.partial(adapters.reference_on, policy)),
+        rows,
+        engine,
+        following=following,
+        alpha=1.0,
+        every=2,
+    )
+    second = prepared(model("llama", seed=7), engine).requires_grad_(False)
+    for step in range(4):  # the policy moves at each step, the reference after every second
+        learn(policy, seed=step)
+        if step in (1, 3):
+            merged = copy.deepcopy(policy).merge_and_unload(adapter_names=["default"])
+            OnlineReference(Frozen(second), rows, engine, following=whole_model(second, merged), alpha=1.0).follow(1)
+        copy_of_adapter.follow(step + 1)
+        if step == 0:
+            continue
+        found = []
+        for reference in (copy_of_adapter, OnlineReference(Frozen(second), rows, engine)):
+            policy.zero_grad()
+            frozen = reference.logps(range(len(rows)), frozenset({"token_logps"}))
+            reads = PAIRWISE[name].reads
+            logps = engine.logps(policy, rows, pairwise=True, reads=reads, reference=reference.frozen)
+            loss = total(name, logps, frozen, rows)
+            loss.backward()
+            found.append((frozen, loss.detach(), gradients(policy)))
+        (mine, loss, slopes), (theirs, expected_loss, expected_slopes) = found
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-10)
+        assert len(slopes) == len(names)
+        torch.testing.assert_close(slopes, expected_slopes, rtol=1e-9, atol=1e-10)
+        for part in ("chosen", "rejected", "chosen_token_logps", "rejected_token_logps"):
+            torch.testing.assert_close(getattr(mine, part), getattr(theirs, part), rtol=1e-10, atol=1e-10)
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == names
+
+
+def test_with_a_smaller_alpha_the_factors_move_that_far():
+    policy = with_lora(model("llama"), dora=False)
+    following = adapters.add_reference(policy)
+    before = {name: mine.clone() for name, (mine, _) in following.items()}
+    learn(policy, seed=3)
+    OnlineReference(Frozen(policy), [], Engine(CPU), following=following, alpha=0.25, every=1).follow(1)
+    for name, (mine, theirs) in following.items():
+        torch.testing.assert_close(mine, 0.25 * theirs + 0.75 * before[name], rtol=1e-12, atol=1e-12)
+        assert not torch.equal(mine, before[name])
 
 
 def test_auto_shares_prompts_where_the_family_allows_it():

@@ -173,9 +173,16 @@ def test_online_and_cached_references_are_the_same(tmp_path, tiny_folder, kind):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def test_a_moving_reference_follows_and_survives_a_kill(tmp_path, tiny_folder, monkeypatch):
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+def test_a_moving_reference_follows_and_survives_a_kill(tmp_path, tiny_folder, adapter, monkeypatch):
+    """Of an adapter a copy moves, which no checkpoint holds."""
     training = replace(TRAINING, reference="moving", reference_alpha=1.0, reference_steps=2, save_every_steps=1)
-    train(job(tmp_path / "whole", tiny_folder, DPO(), training))
+    model = ModelConfig(name="tiny", path="builtin:tiny", adapter=adapter)
+
+    def moving(name: str) -> Job:
+        return replace(job(tmp_path / name, tiny_folder, DPO(beta=1.0), training), model=model)
+
+    train(moving("whole"))
     losses = [row["train/loss"] for row in metrics(tmp_path / "whole")]
     # alpha = 1 replaces the reference by the policy after steps 2 and 4, so the next step starts at ln 2 again.
     assert [losses[i] == pytest.approx(math.log(2), abs=1e-5) for i in range(5)] == [True, False, True, False, True]
@@ -188,10 +195,16 @@ def test_a_moving_reference_follows_and_survives_a_kill(tmp_path, tiny_folder, m
 
     monkeypatch.setattr(loop, "_save_state", save_then_die)
     with pytest.raises(KilledError):
-        train(job(tmp_path / "killed", tiny_folder, DPO(), training))
+        train(moving("killed"))
     monkeypatch.undo()
-    train(job(tmp_path / "killed", tiny_folder, DPO(), training))
+    train(moving("killed"))
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "killed")[key]), key
+    assert [file.name for file in (tmp_path / "whole").rglob("*reference*")] == []
+    state = load_file(tmp_path / "whole" / "state" / "step-000004" / "model.safetensors")
+    whole = sum(value.numel() for value in weights(tmp_path / "whole").values())
+    assert (sum(value.numel() for value in state.values()) < whole) == (adapter != "none")
 
 
 LORA = ModelConfig(name="tiny", path="builtin:tiny", adapter="lora", adapter_rank=4, adapter_alpha=8.0)

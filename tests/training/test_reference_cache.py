@@ -20,14 +20,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from prefpipe.errors import ArtifactError, ConfigError, DataError
-from prefpipe.training.reference_cache import (
-    PairSums,
-    ReferenceCache,
-    completion_key,
-    match_sums,
-    read_csv,
-    write_csv,
-)
+from prefpipe.training.reference_cache import ReferenceCache
+from prefpipe.training.reference_keys import completion_key
 
 
 def key(number: int) -> bytes:
@@ -162,6 +156,22 @@ def test_a_value_that_is_no_log_probability_is_refused(tmp_path, bad):
     with pytest.raises(DataError, match=f"completion 1 of 2: {bad}.* is not a finite number of at most 0; use"):
         cache.add([key(0), key(1)], [logps(0, 3), np.array([-1.0, bad], dtype=np.float32)])
     assert parts(cache) == []
+
+
+def test_a_float64_model_keeps_its_float64(tmp_path):
+    wide = -np.random.default_rng(0).exponential(size=5)
+    cache = open_cache(tmp_path, precision="fp64")
+    cache.add([key(0), key(1)], [wide, wide[:0]])
+    found = open_cache(tmp_path, precision="fp64").get([key(0), key(1)], [5, 0])
+    assert [values.tobytes() for values in found] == [wide.tobytes(), b""]
+    assert {values.dtype for values in found} == {np.dtype(np.float64)}
+    with pytest.raises(AssertionError, match="float32"):
+        cache.add([key(2)], [logps(2, 3)])
+    float32 = open_cache(tmp_path)
+    float32.add([key(0)], [wide.astype(np.float32)])
+    parts(float32)[0].rename(cache.folder / "part-moved.safetensors")
+    assert len(open_cache(tmp_path, precision="fp64").get([key(0)], [5])[0]) == 5
+    assert (cache.folder / "part-moved.safetensors.damaged").exists()
 
 
 adds = st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=6), max_size=6)
@@ -466,110 +476,3 @@ def test_opening_many_completions_costs_the_index_only(tmp_path):
     assert held < 80 * count  # the values alone are 200 bytes each
     assert peak < 200 * count
     assert cache.get([(5).to_bytes(32, "little"), (count).to_bytes(32, "little")], [length, 1])[1] is None
-
-
-# ------------------------------------------------------------------------------------------------ CSV
-
-ROWS = [
-    PairSums("uf-1", "train", -12.25, -0.1, 7, 1),
-    PairSums('a "quoted", id', "test", 0.0, -1e300, 1, 999),
-    PairSums("line\nbreak ü", "train", -1 / 3, -2.5e-310, 12, 5),
-]
-
-
-def test_csv_keeps_every_bit(tmp_path):
-    write_csv(tmp_path / "sums.csv", ROWS)
-    assert read_csv(tmp_path / "sums.csv") == ROWS
-    assert (tmp_path / "sums.csv").read_text().splitlines()[0].replace('"', "") == (
-        "full_id,split,reference_chosen_logps,reference_rejected_logps,chosen_tokens,rejected_tokens"
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["sums.csv"]
-
-
-sums = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False)
-counts = st.integers(1, 999_999)
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
-
-
-@settings(max_examples=100, deadline=None)
-@given(rows=st.lists(st.builds(PairSums, texts, texts, sums, sums, counts, counts), unique_by=lambda row: row[:2]))
-def test_csv_keeps_any_rows(tmp_path_factory, rows):
-    file = tmp_path_factory.mktemp("csv") / "sums.csv"
-    write_csv(file, rows)
-    assert [tuple(map(repr, row)) for row in read_csv(file)] == [tuple(map(repr, row)) for row in rows]
-
-
-def test_csv_of_a_spreadsheet_is_read(tmp_path):
-    """A byte order mark, CRLF, other order of columns."""
-    lines = [
-        "split,full_id,chosen_tokens,rejected_tokens,reference_chosen_logps,reference_rejected_logps",
-        "train,7,3,4,-1.5,-2",
-    ]
-    (tmp_path / "sums.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
-    assert read_csv(tmp_path / "sums.csv") == [PairSums("7", "train", -1.5, -2.0, 3, 4)]
-
-
-HEADER = ",".join(PairSums._fields)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", r":1: the columns are , expected are exactly full_id,"),
-        ("full_id,split\n", r":1: the columns are full_id,split, expected are exactly"),
-        (f",{HEADER}\n", r":1: the columns are ,full_id.*index=False"),
-        (f"{HEADER}\na,train,-1,-1,1\n", r":2: 5 cells, but the header has 6"),
-        (f"{HEADER}\na,train,-1,-1,1,1\n\n", r":3: 0 cells"),
-        (f"{HEADER}\na,train,nan,-1,1,1\n", r":2: reference_chosen_logps='nan' is not a finite number of at most 0"),
-        (f"{HEADER}\na,train,-1,-inf,1,1\n", r":2: reference_rejected_logps='-inf' is not"),
-        (f"{HEADER}\na,train,0.5,-1,1,1\n", r":2: reference_chosen_logps='0.5' is not"),
-        (f"{HEADER}\na,train,-1_0,-1,1,1\n", r":2: reference_chosen_logps='-1_0' is not"),
-        (f"{HEADER}\na,train,,-1,1,1\n", r":2: reference_chosen_logps='' is not"),
-        (f"{HEADER}\na,train,-1,-1,0,1\n", r":2: chosen_tokens='0' is not a whole number of at least 1"),
-        (f"{HEADER}\na,train,-1,-1,1,1.0\n", r":2: rejected_tokens='1.0' is not"),
-        (f"{HEADER}\na,train,-1,-1,1,-3\n", r":2: rejected_tokens='-3' is not"),
-        (f"{HEADER}\n,train,-1,-1,1,1\n", r":2: full_id is empty"),
-        (
-            f"{HEADER}\na,train,-1,-1,1,1\na,test,-1,-1,1,1\na,train,-2,-1,1,1\n",
-            r":4: full_id=a, split=train is in line 2",
-        ),
-        (f'{HEADER}\n"a,train,-1,-1,1,1\n', r": not CSV in UTF-8"),
-        (f"{HEADER}\n\udcff,train,-1,-1,1,1\n", r": not CSV in UTF-8"),
-    ],
-)
-def test_a_bad_csv_is_refused_with_its_line(tmp_path, text, message):
-    file = tmp_path / "sums.csv"
-    file.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match=message) as caught:
-        read_csv(file)
-    assert str(caught.value).startswith(str(file))
-    assert "; " in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([ROWS[0], ROWS[0]], "full_id=uf-1, split=train names two pairs"),
-        ([ROWS[0]._replace(reference_chosen_logps=1.0)], r"row 1: reference_chosen_logps='1\.0'"),
-        ([ROWS[0]._replace(chosen_tokens=0)], "row 1: chosen_tokens='0'"),
-    ],
-)
-def test_bad_rows_are_not_written(tmp_path, rows, message):
-    with pytest.raises(DataError, match=message):
-        write_csv(tmp_path / "sums.csv", rows)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_sums_are_matched_by_name_in_the_order_of_the_run():
-    matched = match_sums(ROWS, [(*ROWS[2].name, 12, 5), (*ROWS[0].name, 7, 1)])
-    assert matched.tolist() == [[-1 / 3, -12.25], [-2.5e-310, -0.1]]
-    assert match_sums(ROWS, []).shape == (2, 0)
-
-
-def test_sums_over_other_tokens_and_missing_pairs_are_refused():
-    with pytest.raises(
-        DataError, match="full_id=uf-1, split=train: the sums are over 7 chosen and 1 rejected tokens, but"
-    ):
-        match_sums(ROWS, [("uf-1", "train", 7, 2)])
-    with pytest.raises(DataError, match="full_id=uf-1, split=test has no reference"):
-        match_sums(ROWS, [("uf-1", "test", 7, 1)])

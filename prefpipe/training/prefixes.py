@@ -1,0 +1,125 @@
+"""Sequences that begin alike, laid out so that what two of them share is computed once.
+
+Completions of one prompt share it; candidates of a context ablation share a document up to the first sentence that one
+of them lacks. Whatever the reason, the longest common prefix in tokens is what counts here.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from prefpipe.training.attention import Document
+from prefpipe.training.batches import Batch
+
+LEAST_SHARED = 16
+"""Tokens; a shorter common prefix is not worth a document of its own."""
+
+
+class Row(NamedTuple):
+    """ids: [T] int32 of one sequence. start: what is asked for are the log-probabilities of ids[start:], start >= 1.
+
+    With start = T nothing is predicted, and the last token's hidden state is there still, for a reward.
+    """
+
+    ids: np.ndarray
+    start: int
+
+
+def shared_batches(rows: Sequence[Row], *, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+    """All rows in batches of one line without padding, shared prefixes once: (numbers of its rows, the batch).
+
+    A batch holds at most max_tokens tokens, or a single row. Which rows share a batch changes no number but in its last
+    digits.
+    """
+    # As big-endian bytes, token ids compare like the numbers they are.
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].ids.astype(">i4").tobytes(), rows[i].start))
+    waiting: list[list[int]] = []
+    tokens = 0
+    for group in _groups(rows, order, max_tokens):
+        size = sum(len(rows[i].ids) - shared for i, shared in zip(*_shared(rows, group), strict=True))
+        if waiting and tokens + size > max_tokens:
+            yield _batch(rows, waiting)
+            waiting, tokens = [], 0
+        waiting.append(group)
+        tokens += size
+    if waiting:
+        yield _batch(rows, waiting)
+
+
+def _groups(rows: Sequence[Row], order: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Neighbours in lexical order that share a prefix, no more of them than fit into a batch."""
+    group: list[int] = []
+    tokens = 0
+    for index in order:
+        shared = common_prefix(rows[group[-1]].ids, rows[index].ids) if group else 0
+        if group and (shared < LEAST_SHARED or tokens + len(rows[index].ids) - shared > max_tokens):
+            yield group
+            group, tokens, shared = [], 0, 0
+        group.append(index)
+        tokens += len(rows[index].ids) - shared
+    if group:
+        yield group
+
+
+def _shared(rows: Sequence[Row], group: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The group with its base first, the row of which the others share most, and how much each shares with that."""
+    neighbours = [common_prefix(rows[a].ids, rows[b].ids) for a, b in pairwise(group)]
+    # In lexical order, two rows have in common the least of what neighbours between them have.
+    common = np.zeros((len(group), len(group)), dtype=np.int64)
+    for a in range(len(group)):
+        common[a, a + 1 :] = np.minimum.accumulate(np.array(neighbours[a:], dtype=np.int64))
+    common += common.T
+    base = int(common.sum(1).argmax())
+    others = [number for number in range(len(group)) if number != base]
+    # A row keeps a token of its own: its last hidden state must be somewhere.
+    sizes = [min(int(common[base, number]), len(rows[group[number]].ids) - 1) for number in others]
+    return [group[base], *(group[number] for number in others)], [0, *sizes]
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Tokens that two sequences begin with alike."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _batch(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> tuple[list[int], Batch]:
+    members: list[int] = []
+    ids, places, states, ends = [], [], [], []
+    documents: list[Document] = []
+    end = 0
+    for group in groups:
+        numbers, sizes = _shared(rows, group)
+        base, read = end, len(rows[numbers[0]].ids)
+        first = len(documents)
+        for number, shared in zip(numbers, sizes, strict=True):
+            row = rows[number]
+            own = len(row.ids) - shared
+            # The hidden state of token t - 1 predicts token t.
+            asked = np.arange(row.start - 1, len(row.ids) - 1)
+            states.append(np.where(asked < shared, base + asked, end + asked - shared))
+            if row.start - 1 < shared or not shared:
+                read = min(read, row.start - 1)
+            documents.append(Document(end, end + own, base, shared, end + max(0, row.start - 1 - shared)))
+            members.append(number)
+            ids.append(row.ids[shared:])
+            places.append(np.arange(shared, len(row.ids)))
+            end += own
+            ends.append(end - 1)
+        documents[first] = documents[first]._replace(read=base + read)
+    lengths = np.array([len(rows[i].ids) - rows[i].start for i in members])
+    return members, Batch(
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)[None]),
+        position_ids=torch.from_numpy(np.concatenate(places)[None]),
+        documents=documents,
+        positions=torch.from_numpy(np.concatenate(states)),
+        targets=torch.from_numpy(np.concatenate([rows[i].ids[rows[i].start :] for i in members]).astype(np.int64)),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(members)), lengths)),
+        offsets=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        lengths=torch.from_numpy(lengths),
+        width=int(lengths.max()),
+        ends=torch.tensor(ends),
+    )
