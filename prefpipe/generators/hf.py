@@ -9,39 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from prefpipe import models
+from prefpipe.annotations import FREE, Annotations, Writer
 from prefpipe.components import register
-from prefpipe.generators import Generator, Skipped, request_seed
+from prefpipe.generators import Generator, Request, Sampled, Skipped, sampled_completion
 from prefpipe.progress import progress
-from prefpipe.prompts import ChatTemplate, TemplateError
-from prefpipe.records import Completion, Prompt, completion_id
+from prefpipe.records import Completion, Prompt
 from prefpipe.settings import HardwareConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-
-class Sampled(NamedTuple):
-    """One sampled completion: ids with the stop token, its log-probability at temperature 1, why it ended."""
-
-    token_ids: list[int]
-    logp: float
-    finish_reason: str
-
-
-class Request(NamedTuple):
-    """One prompt in a batch: its place in the caller's list, its ids, one seed for each sample."""
-
-    place: int
-    prompt_ids: list[int]
-    seeds: list[int]
 
 
 @register("generator")
@@ -54,6 +38,7 @@ class HF(Generator):
 
     name: str = "hf"
     max_batch_tokens: int = 65_536
+    can_calculate: ClassVar[bool] = True
 
     def generate(
         self,
@@ -66,40 +51,21 @@ class HF(Generator):
         round_: int,
     ) -> Iterator[Completion | Skipped]:
         engine = _engine(_Key(model, folder, hardware))
-        requests: list[Request] = []
-        skipped: dict[int, Skipped] = {}
-        for index, prompt in enumerate(prompts):
-            try:
-                ids = engine.template.prompt(prompt.messages)
-            except TemplateError as error:
-                skipped[index] = Skipped(prompt.prompt_id, error.code)
-                continue
-            if len(ids) >= engine.context:
-                skipped[index] = Skipped(prompt.prompt_id, "prompt_too_long")
-                continue
-            seeds = [request_seed(seed, round_, prompt.prompt_id, sample) for sample in range(self.num_samples)]
-            requests.append(Request(index, ids, seeds))
+        requests, skipped = self.requests(prompts, engine.template, engine.room, seed=seed, round_=round_)
+        seeds = {request.place: request.seeds for request in requests}
         answers = engine.sample(requests, self)
-        for index, prompt in enumerate(prompts):
-            if index in skipped:
-                yield skipped[index]
+        for place, prompt in enumerate(prompts):
+            if place in skipped:
+                yield skipped[place]
                 continue
-            for sample, answer in enumerate(answers[index]):
-                text = engine.template.decode(answer.token_ids)
-                yield Completion(
-                    prompt_id=prompt.prompt_id,
-                    completion_id=completion_id(prompt.prompt_id, text, sample, round_),
-                    messages=prompt.messages,
-                    source=prompt.source,
-                    split=prompt.split,
-                    answer=prompt.answer,
-                    meta=prompt.meta,
-                    text=text,
-                    token_ids=answer.token_ids,
-                    logp=answer.logp,
-                    finish_reason=answer.finish_reason,
-                    seed=request_seed(seed, round_, prompt.prompt_id, sample),
-                    round=round_,
+            for sample, answer in enumerate(answers[place]):
+                yield sampled_completion(
+                    prompt,
+                    answer,
+                    template=engine.template,
+                    sample=sample,
+                    seed=seeds[place][sample],
+                    round_=round_,
                     model=engine.digest,
                 )
 
@@ -112,14 +78,25 @@ class Engine:
 
         self.device = models.device_of(hardware)
         precision = models.precision_of(hardware, self.device)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        dtype = models.dtype_of(precision)
         self.digest = models.weights_digest(folder)
-        self.tokenizer = models.load_tokenizer(model, folder)
-        self.template = ChatTemplate(self.tokenizer, models.stop_token_ids(self.tokenizer, folder))
+        self.template = models.load_template(model, folder)
+        self.tokenizer = self.template.tokenizer
         self.model: PreTrainedModel = models.load_weights(model, folder, dtype=dtype, device=self.device).eval()
         self.context = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
         self.stop = torch.tensor(sorted(self.template.stop_ids), device=self.device)
         log.info("sampling from %s on %s in %s", folder, self.device, precision)
+
+    def room(self, prompt_tokens: int) -> int:
+        """How many tokens the model's positions leave for a completion; 0 or less where the prompt is too long."""
+        if self.template.decoder_start is None:
+            return self.context - prompt_tokens
+        return self.context if prompt_tokens <= self.context else 0
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """For the calculator. Raises ConfigError where the tokenizer can write none."""
+        return Annotations(self.tokenizer)
 
     def sample(self, requests: Sequence[Request], generator: HF) -> dict[int, list[Sampled]]:
         """Every request's samples, by its index. Length-sorted batches under the token budget."""
@@ -153,7 +130,7 @@ class Engine:
         import torch
 
         num_samples, length = len(batch[0].seeds), max(len(request.prompt_ids) for request in batch)
-        limit = min(generator.max_new_tokens, self.context - length)
+        limit = min(generator.max_new_tokens, self.room(length))
         rows = len(batch) * num_samples
         draws = np.stack([np.random.Generator(np.random.Philox(s)).random(limit) for r in batch for s in r.seeds])
         uniform = torch.from_numpy(draws).to(self.device)  # [R, limit] float64 in [0, 1)
@@ -161,15 +138,21 @@ class Engine:
         lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
         logps = torch.zeros(rows, dtype=torch.float64, device=self.device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        writers = [Writer(self.annotations) for _ in range(rows)] if generator.calculator else []
+        writing = writers  # those of the rows in `alive`
+        forced: Tensor | None = None  # [R] the tokens that must come next, FREE where the model chooses
+        forced_logps = torch.zeros_like(logps)
 
         with torch.inference_mode():
-            logits, cache, mask = self._prefill([request.prompt_ids for request in batch], num_samples)
+            logits, text = self._prefill([request.prompt_ids for request in batch], num_samples)
             alive = torch.arange(rows, device=self.device)  # row numbers of what is still being written
             for step in range(limit):
-                token, logp = _draw(logits, uniform[alive, step], generator)
+                token, logp = _draw(logits, uniform[alive, step], generator, forced)
                 tokens[alive, step] = token
                 lengths[alive] += 1
                 logps[alive] += logp
+                if forced is not None:
+                    forced_logps[alive] += logp.masked_fill(forced == FREE, 0.0)
                 ended = torch.isin(token, self.stop)
                 stopped[alive] |= ended
                 if step + 1 == limit or bool(ended.all()):
@@ -177,41 +160,87 @@ class Engine:
                 if bool(ended.any()):
                     # Finished rows leave at once: the rest of the batch gets faster from here on.
                     keep = (~ended).nonzero().squeeze(-1)
-                    cache.batch_select_indices(keep)
-                    alive, token, mask = alive[keep], token[keep], mask[keep]
-                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-                out = self.model(
-                    input_ids=token[:, None],
-                    attention_mask=mask,
-                    position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits, cache = out.logits[:, -1], out.past_key_values
+                    text.keep(keep)
+                    alive, token = alive[keep], token[keep]
+                    writing = [writing[row] for row in keep.tolist()] if writing else []
+                if writing:
+                    following = [writer.push(t) for writer, t in zip(writing, token.tolist(), strict=True)]
+                    forced = torch.tensor(following, device=self.device) if max(following) != FREE else None
+                logits = text.append(token)
         ids, counts = tokens.tolist(), lengths.tolist()
         samples = [
             Sampled(row[:count], logp, "stop" if stop else "length")
             for row, count, logp, stop in zip(ids, counts, logps.tolist(), stopped.tolist(), strict=True)
         ]
+        if writers:
+            notes = [
+                {**writer.meta(count), "forced_logp": logp}
+                for writer, count, logp in zip(writers, counts, forced_logps.tolist(), strict=True)
+            ]
+            samples = [sample._replace(calculator=note) for sample, note in zip(samples, notes, strict=True)]
         return [samples[start : start + num_samples] for start in range(0, rows, num_samples)]
 
-    def _prefill(self, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Run each prompt once, then give its samples a copy: (logits [R, V], cache of R rows, mask [R, T])."""
+    def _prefill(self, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, _Text]:
+        """Run each prompt once, then give its samples a copy: (logits [R, V], what R rows hold so far)."""
         import torch
 
-        length = max(map(len, prompts))
-        ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        start, encoded = self.template.decoder_start, None
+        padding = [[0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts]
+        if start is None:  # padded on the left, so that all prompts end in one column
+            ids = torch.tensor([zeros + p for zeros, p in zip(padding, prompts, strict=True)], device=self.device)
+            mask = torch.tensor([zeros + [1] * len(p) for zeros, p in zip(padding, prompts, strict=True)]).to(ids)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            out = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+            )
+        else:  # on the right, as in training: some encoders count positions from the row's start
+            ids = torch.tensor([p + zeros for zeros, p in zip(padding, prompts, strict=True)], device=self.device)
+            mask = torch.tensor([[1] * len(p) + zeros for zeros, p in zip(padding, prompts, strict=True)]).to(ids)
+            encoded = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            first = ids.new_full((len(prompts), 1), start)
+            out = self.model(decoder_input_ids=first, encoder_outputs=(encoded,), attention_mask=mask, use_cache=True)
+            encoded = encoded.repeat_interleave(num_samples, dim=0)
         cache = out.past_key_values
         if num_samples > 1:
             cache.batch_repeat_interleave(num_samples)
-        return (
-            out.logits[:, -1].repeat_interleave(num_samples, dim=0),
-            cache,
-            mask.repeat_interleave(num_samples, dim=0),
-        )
+        text = _Text(self.model, cache, mask.repeat_interleave(num_samples, dim=0), encoded)
+        return out.logits[:, -1].repeat_interleave(num_samples, dim=0), text
+
+
+@dataclass
+class _Text:
+    """R rows that are being written.
+
+    cache: keys and values of all tokens so far. mask: [R, T], 1 for tokens, of prompt and completion, or of the
+    encoder's prompt alone. encoded: [R, T, H], what the encoder made of that; None for decoder-only models.
+    """
+
+    model: PreTrainedModel
+    cache: DynamicCache | EncoderDecoderCache
+    mask: Tensor
+    encoded: Tensor | None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows alone, by number."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        if self.encoded is not None:
+            self.encoded = self.encoded[rows]
+
+    def append(self, token: Tensor) -> Tensor:
+        """Logits [R, V] behind one more token [R] of each row."""
+        import torch
+
+        given: dict[str, Any]
+        if self.encoded is None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+            given = {"input_ids": token[:, None], "position_ids": self.mask.sum(dim=1, keepdim=True) - 1}
+        else:
+            given = {"decoder_input_ids": token[:, None], "encoder_outputs": (self.encoded,)}
+        out = self.model(**given, attention_mask=self.mask, past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 class _Key(NamedTuple):
@@ -230,11 +259,12 @@ def _engine(key: _Key) -> Engine:
     return Engine(key.model, key.folder, key.hardware)
 
 
-def _draw(logits: Tensor, uniform: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniform: Tensor, generator: Generator, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token for each row, by inversion of the cumulative distribution, and its log-probability.
 
     Args:
         logits: [R, V]. uniform: [R] float64 in [0, 1), each from its request's own stream.
+        forced: [R] tokens that are taken instead, where they are not FREE.
 
     Returns:
         (tokens [R] int64; log p [R] float64 at temperature 1, before top-p and top-k, nats).
@@ -259,4 +289,6 @@ def _draw(logits: Tensor, uniform: Tensor, generator: Generator) -> tuple[Tensor
         target = uniform * cumulative[:, -1]
         token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
         token = token.clamp(max=scaled.shape[-1] - 1)
+    if forced is not None:
+        token = torch.where(forced == FREE, token, forced)
     return token, full.gather(-1, token[:, None]).squeeze(-1).double()
