@@ -14,8 +14,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -27,11 +27,14 @@ from prefpipe import __version__
 from prefpipe.errors import ArtifactError
 from prefpipe.files import chunks, fsync_folder, now, sha256_of, write_json
 from prefpipe.provenance import git_state, versions
+from prefpipe.records import row_reader
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 RECORDS_PER_PART = 50_000
+BUFFER_BYTES = 2**20
+"""Read or written at a time; with Python's 8 KiB a call for every few rows takes a tenth of stage=pair."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Plan:
             for name, paths in self.parents.items()
         }
         plan = {"stage": self.stage, "schema": self.schema, "uses": self.uses, "parents": parents}
-        return cast(dict[str, Any], orjson.loads(orjson.dumps(plan, default=str)))
+        return cast(
+            dict[str, Any], orjson.loads(orjson.dumps(plan, default=_recorded, option=orjson.OPT_PASSTHROUGH_DATACLASS))
+        )
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -83,6 +88,11 @@ def manifest(path: Path, *, key: str = "") -> dict[str, Any]:
     return data
 
 
+def changes(path: Path, plan: Plan) -> list[str]:
+    """How an artifact's plan differs from another, as "loss.beta 0.1 -> 0.2" lines; [] where it is that one's."""
+    return differences(_comparable(manifest(path)), plan.as_data())
+
+
 def digest(path: Path) -> str:
     """What identifies an artifact's content: sha256 over its schema and the digests of its parts."""
     found = manifest(path)
@@ -90,10 +100,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(orjson.dumps(content)).hexdigest()
 
 
-def read_rows(path: Path, schema: str, *, key: str) -> Iterator[bytes]:
+def read_rows(path: Path, schema: str, *, key: str, verified: bool = True) -> Iterator[bytes]:
     """The raw lines of an artifact, verified part by part against the manifest while streaming.
 
-    Raises ArtifactError when the schema is another one, or a part is missing, cut, or changed.
+    Args:
+        verified: False leaves the digests alone, for a first look at rows that are read again.
+    Raises:
+        ArtifactError: the schema is another one, or a part is missing, cut, or changed.
     """
     found = manifest(path, key=key)
     if found["schema"] != schema:
@@ -105,7 +118,10 @@ def read_rows(path: Path, schema: str, *, key: str) -> Iterator[bytes]:
         file = path / part["name"]
         seen, rows = hashlib.sha256(), 0
         try:
-            with file.open("rb") as lines:
+            with file.open("rb", buffering=BUFFER_BYTES) as lines:
+                if not verified:
+                    yield from lines
+                    continue
                 for line in lines:
                     seen.update(line)
                     rows += 1
@@ -121,8 +137,9 @@ def read_rows(path: Path, schema: str, *, key: str) -> Iterator[bytes]:
 
 def read(path: Path, record: type[R], *, key: str) -> Iterator[R]:
     """The records of an artifact, in order, streamed. `key` is the config key that named it, for error messages."""
+    made = row_reader(record)
     for line in read_rows(path, record.schema, key=key):  # type: ignore[attr-defined]
-        yield record(**orjson.loads(line))
+        yield made(orjson.loads(line))
 
 
 def verify(path: Path) -> None:
@@ -198,25 +215,70 @@ class Draft:
         filtered: Mapping[str, int] | None = None,
         quarantined: Sequence[Mapping[str, Any]] = (),
         kept: Mapping[str, int] | None = None,
+        measured: Mapping[str, int] | None = None,
     ) -> None:
         """Write part `index` durably.
 
         rows_in, rows_out: input rows (prompts, files' lines) read for this part, and those of them that are in it.
         filtered: reason → rows left out on purpose. quarantined: bad rows, each with at least a "code".
-        kept: what is lacking → rows that are in all the same.
+        kept: what is lacking → rows that are in all the same. measured: counts of another kind, see `measured`.
         """
+        part = self._write_lines(f"part-{index:05d}.jsonl", records)
+        self._note_part(
+            index,
+            part,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            filtered=filtered,
+            quarantined=quarantined,
+            kept=kept,
+            measured=measured,
+        )
+
+    def commit_counted(self, index: int, records: Iterable[Any], account: Callable[[], Mapping[str, Any]]) -> None:
+        """Write part `index` durably while its records are made.
+
+        account: asked once all are written; gives the keyword arguments of `commit`.
+        """
+        part = self._write_lines(f"part-{index:05d}.jsonl", records)
+        self._note_part(index, part, **account())
+
+    def _note_part(
+        self,
+        index: int,
+        part: Mapping[str, Any],
+        *,
+        rows_in: int,
+        rows_out: int,
+        filtered: Mapping[str, int] | None = None,
+        quarantined: Sequence[Mapping[str, Any]] = (),
+        kept: Mapping[str, int] | None = None,
+        measured: Mapping[str, int] | None = None,
+    ) -> None:
         left_out = dict(sorted((filtered or {}).items()))
         codes = dict(sorted(Counter(str(row["code"]) for row in quarantined).items()))
         if rows_in != rows_out + sum(left_out.values()) + sum(codes.values()):
             raise AssertionError(f"rows lost: {rows_in} in, {rows_out} out, filtered {left_out}, quarantined {codes}")
-        part = self._write_lines(f"part-{index:05d}.jsonl", records)
-        note = {"parts": [part], "rows_in": rows_in, "rows_out": rows_out, "filtered": left_out, "quarantined": codes}
+        note: dict[str, Any] = {
+            "parts": [part],
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "filtered": left_out,
+            "quarantined": codes,
+        }
         if kept:
             note["kept"] = dict(kept)
+        if measured:
+            note["measured"] = dict(measured)
         if quarantined:
             note["quarantine"] = [self._write_lines(f"quarantine-{index:05d}.jsonl", quarantined)]
         write_json(self._note(index), note)
         self.notes[index] = note
+
+    @property
+    def measured(self) -> Counter[str]:
+        """What `commit` was told to have measured, added up over all parts, those of killed attempts too."""
+        return sum((Counter(note.get("measured", {})) for note in self.notes.values()), Counter[str]())
 
     def commit_stream(self, records: Iterable[Any], *, start: int = 0) -> int:
         """Write records in parts of at most RECORDS_PER_PART, without row accounting. Returns how many."""
@@ -230,7 +292,7 @@ class Draft:
         """Write rows as JSON lines aside, fsync, rename; returns the part's entry for the manifest."""
         seen, count, size = hashlib.sha256(), 0, 0
         temporary = self.work / f"{name}.tmp"
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=BUFFER_BYTES) as file:
             for row in rows:
                 line = orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
                 file.write(line)
@@ -390,6 +452,13 @@ class Draft:
 def partial_path(out: Path) -> Path:
     """Where an artifact lives until it is published."""
     return out.with_name(f"{out.name}.partial")
+
+
+def _recorded(value: Any) -> Any:
+    """What JSON has no word for: a dataclass by its fields, but for prefpipe.components.runtime ones; else its text."""
+    if is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in fields(value) if f.metadata.get("recorded", True)}
+    return str(value)
 
 
 def _comparable(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,14 @@ A component is a dataclass: its fields are its config, its one public method is 
 """
 
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
 
-COMPONENTS: dict[str, dict[str, type[Any]]] = {"generator": {}, "scorer": {}, "pairer": {}, "loss": {}, "task": {}}
+COMPONENTS: dict[str, dict[str, type[Any]]] = {
+    kind: {} for kind in ("generator", "sampling", "scorer", "pairer", "loss", "task")
+}
 """kind → name → class; `<kind>=<name>` on the command line, `conf/<kind>/<name>.yaml` on disk."""
 
 
@@ -24,3 +27,11 @@ def register(kind: str) -> Callable[[T], T]:
         return cls
 
     return add
+
+
+def runtime(default: Any) -> Any:
+    """A field of a component that says how a result is reached, never what it is: a time-out, a price, a folder.
+
+    Manifests leave it out, so it may be changed between the attempts of a run.
+    """
+    return field(default=default, metadata={"recorded": False})

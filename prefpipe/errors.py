@@ -15,3 +15,7 @@ class ArtifactError(PrefpipeError, RuntimeError):
 
 class DataError(PrefpipeError, ValueError):
     """Input rows cannot be used: too many bad rows, an unreadable file, or a text that its template cannot render."""
+
+
+class ApiError(PrefpipeError, RuntimeError):
+    """A server refuses every request, too many requests fail, or the next one might exceed the budget."""

@@ -39,6 +39,7 @@ def score(
                 if draft.has(index):
                     continue
                 scored, left_out, kept = [], Counter[str](), Counter[str]()
+                context = replace(context, counts=Counter())
                 for completion, value in zip(chunk, scorer.score(chunk, context), strict=True):
                     if not isinstance(value, Missing):
                         scored.append(with_score(completion, scorer.name, value))
@@ -52,7 +53,17 @@ def score(
                         kept[value.reason] += 1
                     else:
                         left_out[value.reason] += 1
-                draft.commit(index, scored, rows_in=len(chunk), rows_out=len(scored), filtered=left_out, kept=kept)
+                draft.commit(
+                    index,
+                    scored,
+                    rows_in=len(chunk),
+                    rows_out=len(scored),
+                    filtered=left_out,
+                    kept=kept,
+                    measured=context.counts,
+                )
+        if draft.measured:
+            draft.extra["report"] = scorer.report(draft.measured)
 
 
 def with_score(completion: Completion, name: str, value: Score) -> ScoredCompletion:
