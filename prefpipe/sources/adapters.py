@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prefpipe.records import Message, Pair, Prompt, ScoredCompletion, completion_id, prompt_id
+from prefpipe.records import Demonstration, Message, Pair, Prompt, ScoredCompletion, completion_id, prompt_id
 from prefpipe.sources.codes import BadRow, missing_key
 
 Row = Mapping[str, object]
-Record = Prompt | ScoredCompletion | Pair
+Record = Prompt | ScoredCompletion | Pair | Demonstration
 
 ROLES = {
     "system": "system",
@@ -84,16 +84,13 @@ def alpaca(row: Row) -> list[Record]:
 
 
 def alpaca_prompt(row: Row) -> list[Record]:
-    """`instruction` and `input` alone, as for supervised fine-tuning; `output` is the reference answer."""
-    return [prompt_record(row, _instruction(row), text(need(row, "output"), "output"))]
+    """`instruction`, `input` and one `output`, for supervised fine-tuning; it is the reference answer too."""
+    return [demonstration(row, _instruction(row), text(need(row, "output"), "output"))]
 
 
 def labelled(row: Row) -> list[Record]:
     """`messages` (or `prompt` and `completion`) with a boolean `label`: one completion, scored 1 or 0."""
-    key = next((name for name in ("completion", "messages", "conversations") if row.get(name) is not None), "messages")
-    given = need(row, key)
-    turns = conversation(row, given, key) if isinstance(given, list) else _answered(row, given)
-    prompt, completion = split_conversation(turns, key)
+    prompt, completion = _prompt_and_completion(row)
     return [scored(row, prompt, completion, 0, {"label": float(flag(need(row, "label"), "label"))})]
 
 
@@ -116,9 +113,17 @@ def ratings(row: Row) -> list[Record]:
 
 
 def question_answer(row: Row) -> list[Record]:
-    """`question` and the reference solution in `answer`, as GSM8K."""
+    """`question` and the reference solution in `answer`, as GSM8K: something to imitate, and to compare with."""
     solution = text(need(row, "answer"), "answer")
-    return [prompt_record(row, [turn("user", need(row, "question"), "question")], solution)]
+    return [demonstration(row, [turn("user", need(row, "question"), "question")], solution)]
+
+
+def whole_conversation(row: Row) -> list[Record]:
+    """`messages` (or `conversations`, or `prompt` and `completion`) to their last answer, for supervised fine-tuning.
+
+    The reference answer is in `answer`, or else the last turn.
+    """
+    return [demonstration(row, *_prompt_and_completion(row))]
 
 
 def bare_prompt(row: Row) -> list[Record]:
@@ -144,6 +149,7 @@ ADAPTERS: dict[str, Callable[[Row], list[Record]]] = {
     "labelled": labelled,
     "ratings": ratings,
     "question_answer": question_answer,
+    "conversation": whole_conversation,
     "prompt": bare_prompt,
 }
 """format → its adapter; `format=` in conf/source and data_mixer."""
@@ -169,9 +175,18 @@ def recognise(row: Row) -> str | None:
         ("ratings", "completions" in keys and bool(keys & {"instruction", "prompt"})),
         ("alpaca_prompt", is_bare and {"instruction", "output"} <= keys),
         ("question_answer", is_bare and {"question", "answer"} <= keys),
+        ("conversation", is_bare and ({"prompt", "completion"} <= keys or _ends_with_answer(row))),
         ("prompt", is_bare and bool(keys & {"prompt", "messages", "conversations"})),
     )
     return next((name for name, fits in rules if fits), None)
+
+
+def _ends_with_answer(row: Row) -> bool:
+    """Whether `messages` or `conversations` ends with a turn of the assistant."""
+    turns = row.get("messages") or row.get("conversations")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    role = (last.get("role") or last.get("from")) if isinstance(last, Mapping) else None
+    return isinstance(role, str) and ROLES.get(role) == "assistant"
 
 
 # ------------------------------------------------------------------------------------------------ values
@@ -378,6 +393,14 @@ def _history(value: object) -> list[Message]:
     return turns
 
 
+def _prompt_and_completion(row: Row) -> tuple[list[Message], str]:
+    """Of `messages` or `conversations`, or of `prompt` and `completion`."""
+    key = next((name for name in ("completion", "messages", "conversations") if row.get(name) is not None), "messages")
+    given = need(row, key)
+    turns = conversation(row, given, key) if isinstance(given, list) else _answered(row, given)
+    return split_conversation(turns, key)
+
+
 def _answered(row: Row, completion: object) -> list[Message]:
     given = need(row, "prompt")
     before = messages(given, "prompt") if isinstance(given, list) else [turn("user", given, "prompt")]
@@ -447,6 +470,19 @@ def scored(row: Row, turns: list[Message], completion: str, index: int, scores: 
         meta=_meta(row),
         text=completion,
         scores=scores,
+    )
+
+
+def demonstration(row: Row, turns: list[Message], last: str) -> Demonstration:
+    """An answer to imitate after the turns of its prompt."""
+    prompt = prompt_record(row, turns, _reference(row) or last)
+    return Demonstration(
+        prompt_id=prompt.prompt_id,
+        messages=prompt.messages,
+        source="",
+        text=last,
+        answer=prompt.answer,
+        meta=prompt.meta,
     )
 
 

@@ -15,8 +15,14 @@ CODES = {
     "PFX": "chosen and rejected answer different prompts",
     "EQL": "chosen and rejected are the same text",
     "NAN": "a number is NaN or infinite",
+    "CIT": "no document of numbered sentences, where one is to be shortened to what is cited",
     "DUP": "the same row came before, in this source or in another",
+    "SIM": "its prompt is nearly the same as one that stays (data_mixer.near_duplicates)",
+    "LEK": "its prompt is in an evaluation set (data_mixer.decontaminate)",
 }
+
+NOT_BAD = ("DUP", "SIM", "LEK")
+"""Left out, but no fault of the row: these say nothing about a file's health."""
 
 
 class BadRow(Exception):  # noqa: N818 (it is a value as well: a row's data, or what is wrong with it)

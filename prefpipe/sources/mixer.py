@@ -34,7 +34,7 @@ class Share:
         copies = int(self.weight)
         # From the whole product: 2.1 - 2 is not 0.1.
         extra = round(self.weight * available) - copies * available
-        if available and not copies and not extra:
+        if available and not copies and not extra and self.weight:
             raise ConfigError(
                 f"{self.key}: {self.weight} of {available} rows is no row; raise it, or leave the source out"
             )
@@ -45,6 +45,8 @@ class Share:
         copies, extra = self.counts(available)
         if self.num_rows is not None:
             return f"{self.num_rows} is a number of rows: {self.num_rows} of {available}, chosen by seed"
+        if not self.weight:
+            return f"0 takes none of {available} rows: read for data_mixer.decontaminate alone"
         if not copies:
             return f"{self.weight} is a fraction: {extra} of {available} rows, chosen by seed"
         if (copies, extra) == (1, 0):

@@ -1,6 +1,6 @@
 """Good rows on disk while a mixture is made: written once in reading order, read back in mixed order.
 
-Memory for each row is about 320 bytes (measured on 200,000 rows), whatever its texts weigh: the digest that finds
+Memory for each row is about 340 bytes (measured on 200,000 rows), whatever its texts weigh: the digest that finds
 duplicates takes a third, the place of each distinct prompt another, the rest is in arrays.
 """
 
@@ -14,14 +14,18 @@ from typing import Any
 
 import orjson
 
-from prefpipe.records import Pair, Prompt, ScoredCompletion, Split
+from prefpipe.records import Demonstration, Pair, Prompt, ScoredCompletion, Split
 from prefpipe.sources.adapters import Record
 
-KINDS: tuple[type[Any], ...] = (Prompt, ScoredCompletion, Pair)
+KINDS: tuple[type[Any], ...] = (Prompt, ScoredCompletion, Pair, Demonstration)
 
 
 class RowStore:
-    """Append rows with `add`, then read any of them with `load`. A context manager; the file goes when it is left."""
+    """Append rows with `add`, then read any of them with `load`. A context manager; the file goes when it is left.
+
+    heldout: the numbers of prompts that are held out. evaluation: the prompts of sources that are held out as a whole →
+    the source's name.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,7 +37,11 @@ class RowStore:
         self._kinds = bytearray()
         self._answered = bytearray()
         self._prompts = array("Q")
+        self._lines = array("Q")
+        self._files = array("L")
+        self._file_names: list[str] = []
         self.heldout: set[int] = set()
+        self.evaluation: dict[int, str] = {}
 
     def __enter__(self) -> "RowStore":
         return self
@@ -47,8 +55,11 @@ class RowStore:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def add(self, records: Sequence[Record]) -> bool:
-        """Keep a row's records; those that came before are left out. False when that is all of them: a duplicate."""
+    def add(self, records: Sequence[Record], *, file: str = "", line: int = 0) -> bool:
+        """Keep a row's records; those that came before are left out. False when that is all of them: a duplicate.
+
+        file, line: where the row stands, for messages.
+        """
         new = []
         for record in records:
             identity = _identity(record)
@@ -57,15 +68,35 @@ class RowStore:
                 new.append(record)
         if not new:
             return False
-        line = orjson.dumps(new, default=str, option=orjson.OPT_APPEND_NEWLINE)
-        self._file.write(line)
+        written = orjson.dumps(new, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        self._file.write(written)
         self._starts.append(self._end)
-        self._end += len(line)
+        self._end += len(written)
         self._num_records.append(len(new))
         self._kinds.append(KINDS.index(type(new[0])))
         self._answered.append(not isinstance(new[0], Pair) and new[0].answer is not None)
         self._prompts.append(prompt_number(new[0].prompt_id))
+        if not self._file_names or self._file_names[-1] != file:
+            self._file_names.append(file)
+        self._files.append(len(self._file_names) - 1)
+        self._lines.append(line)
         return True
+
+    def prompt(self, row: int) -> int:
+        """The number of a row's prompt."""
+        return self._prompts[row]
+
+    def where(self, row: int) -> str:
+        """file:line of a row."""
+        return f"{self._file_names[self._files[row]]}:{self._lines[row]}"
+
+    def place(self, row: int) -> tuple[str, int]:
+        """(file, line) of a row."""
+        return self._file_names[self._files[row]], self._lines[row]
+
+    def is_prompt(self, row: int) -> bool:
+        """Whether a row is a bare prompt."""
+        return KINDS[self._kinds[row]] is Prompt
 
     def load(self, row: int) -> list[Record]:
         """The records of a row, each with its prompt's split."""
@@ -121,6 +152,8 @@ def _identity(record: Record) -> bytes:
         content = ["pair", record.prompt_id, record.chosen, record.rejected]
     elif isinstance(record, ScoredCompletion):
         content = ["scored", record.prompt_id, record.text]
+    elif isinstance(record, Demonstration):
+        content = ["demonstration", record.prompt_id, record.text]
     else:
         content = ["prompt", record.prompt_id]
     return hashlib.blake2b(orjson.dumps(content), digest_size=16).digest()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe.records import Pair, Prompt, ScoredCompletion
+from prefpipe.records import Demonstration, Pair, Prompt, ScoredCompletion
 from prefpipe.sources.adapters import ADAPTERS, recognise
 from prefpipe.sources.codes import BadRow
 
@@ -23,7 +23,7 @@ USER, GOOD, BAD = said("user", Q), said("assistant", A), said("assistant", B)
 SYSTEM = said("system", "Be brief.")
 EARLIER = [said("user", "Hi"), said("assistant", "Hello!")]
 
-# format → [(row, prompt turns, what was chosen and rejected | text and score | answer)]
+# format → [(row, prompt turns, what was chosen and rejected | text and score | text and answer | answer)]
 EXAMPLES: dict[str, list[tuple[dict[str, Any], list[Any], Any]]] = {
     "pair_text": [
         ({"prompt": Q, "chosen": A, "rejected": B}, [USER], [(A, B)]),
@@ -95,7 +95,7 @@ EXAMPLES: dict[str, list[tuple[dict[str, Any], list[Any], Any]]] = {
         ),
         ({"instruction": Q, "output": A, "rejected": B, "history": [["Hi", "Hello!"]]}, [*EARLIER, USER], [(A, B)]),
     ],
-    "alpaca_prompt": [({"instruction": Q, "input": "", "output": A}, [USER], A)],
+    "alpaca_prompt": [({"instruction": Q, "input": "", "output": A}, [USER], (A, A))],
     "labelled": [
         ({"messages": [USER, GOOD], "label": True}, [USER], [(A, {"label": 1.0})]),
         ({"prompt": Q, "completion": B, "label": False}, [USER], [(B, {"label": 0.0})]),
@@ -114,11 +114,22 @@ EXAMPLES: dict[str, list[tuple[dict[str, Any], list[Any], Any]]] = {
             [(A, {"rating": 8.5}), (B, {"rating": 2.0})],
         ),
     ],
-    "question_answer": [({"question": Q, "answer": "<<2+2=4>>4\n#### 4"}, [USER], "<<2+2=4>>4\n#### 4")],
+    "question_answer": [({"question": Q, "answer": "<<2+2=4>>4\n#### 4"}, [USER], ("<<2+2=4>>4\n#### 4",) * 2)],
+    "conversation": [
+        ({"messages": [SYSTEM, *EARLIER, USER, GOOD]}, [SYSTEM, *EARLIER, USER], (A, A)),
+        (
+            {"conversations": [from_("human", "Hi"), from_("gpt", "Hello!"), from_("human", Q), from_("gpt", A)]},
+            [*EARLIER, USER],
+            (A, A),
+        ),
+        ({"prompt": Q, "completion": A, "system": "Be brief.", "answer": 4}, [SYSTEM, USER], (A, "4")),
+        ({"prompt": [USER], "completion": [GOOD]}, [USER], (A, A)),
+    ],
     "prompt": [
         ({"prompt": Q}, [USER], None),
         ({"prompt": [SYSTEM, USER], "answer": 4}, [SYSTEM, USER], "4"),
-        ({"messages": [USER, GOOD]}, [USER], A),
+        ({"messages": [*EARLIER, USER]}, [*EARLIER, USER], None),
+        ({"prompt": [USER, GOOD]}, [USER], A),
     ],
 }  # fmt: skip
 CASES = [
@@ -140,6 +151,8 @@ def test_a_row_is_recognised_and_adapted(name, row, turns, expected):
     first = records[0]
     if isinstance(first, Prompt):
         assert first.answer == expected
+    elif isinstance(first, Demonstration):
+        assert (first.text, first.answer) == expected
     elif isinstance(first, ScoredCompletion):
         assert [(r.text, r.scores) for r in records] == expected
         assert len({r.completion_id for r in records}) == len(records)
@@ -197,6 +210,9 @@ BAD_ROWS = [
     ("ratings", {"instruction": Q, "completions": [{"response": A, "overall_score": "inf"}]}, "NAN", "is inf"),
     ("ratings", {"instruction": Q, "completions": []}, "EMP", "completions is empty"),
     ("question_answer", {"question": Q, "anwser": A}, "KEY", "did you mean 'anwser'"),
+    ("conversation", {"messages": [USER, GOOD, USER]}, "ROL", "messages ends with a turn of user"),
+    ("conversation", {"conversations": [GOOD, USER, GOOD]}, "ROL", "turn 1 of conversations is of assistant"),
+    ("conversation", {"prompt": Q, "completion": " "}, "EMP", "completion is blank"),
     ("prompt", {"prompt": Q, "chosen": A}, "KEY", "a bare prompt has not"),
     ("prompt", {"messages": [GOOD]}, "ROL", "prompt must end with a user turn"),
 ]  # fmt: skip

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import artifacts
+from prefpipe import artifacts, grouping
 from prefpipe.artifacts import Plan
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ArtifactError, DataError
 from prefpipe.grouping import stand_together
-from prefpipe.pairers import BestWorst, CorrectIncorrect
+from prefpipe.pairers import BestWorst, CorrectIncorrect, Demonstrator
 from prefpipe.records import Completion, Pair, ScoredCompletion, Split, completion_id, prompt_id
+from prefpipe.stages import pair as stage
 from prefpipe.stages.pair import pair
 
 
@@ -27,6 +28,13 @@ def row(question: int, sample: int, value: float, *, text: str | None = None, sp
         split=split,
         text=text,
         scores={"s": value},
+        meta={  # what pairer=role_by_threshold reads
+            "pic_type": "full",
+            "claims": ["one", "two"],
+            "is_perturbed": sample % 2 == 1,
+            "perturbed_claims": ["one"],
+            "perturbed_messages": [{"role": "user", "content": f"question {question}, one claim"}],
+        },
     )
 
 
@@ -40,7 +48,9 @@ def pairs_of(folder: Path) -> list[Pair]:
     return list(artifacts.read(folder, Pair, key="k"))
 
 
-@pytest.mark.parametrize("name", sorted(COMPONENTS["pairer"]))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, cls in COMPONENTS["pairer"].items() if not issubclass(cls, Demonstrator))
+)
 def test_rows_interleaved_over_two_artifacts_give_the_same_pairs(tmp_path, name):
     """60 prompts with 4 samples each: prompt after prompt, or all first samples first and the others elsewhere."""
     rng = random.Random(0)
@@ -85,6 +95,42 @@ def test_heldout_prompts_are_counted_and_left_out(tmp_path):
     assert found["unit"] == "prompts"
 
 
+def test_a_prompt_that_is_held_out_in_any_row_is_left_out(tmp_path):
+    first = write(tmp_path / "first", [row(0, 0, 0.0), row(1, 0, 0.0)])
+    second = write(tmp_path / "second", [row(0, 1, 1.0, split=Split.heldout), row(1, 1, 1.0)])
+    pair([first, second], tmp_path / "pairs", pairer=BestWorst(), seed=0)
+    assert [p.prompt_id for p in pairs_of(tmp_path / "pairs")] == [row(1, 0, 0.0).prompt_id]
+    assert artifacts.manifest(tmp_path / "pairs")["counts"]["filtered"] == {"heldout": 1}
+
+
+def test_blank_repeated_and_tied_completions_are_counted(tmp_path):
+    texts = ["a", " a", "", "b", "c", "d"]  # a repeat, a blank; of the scores 0 1 1 2 one is there again
+    rows = [row(0, s, value, text=text) for s, (text, value) in enumerate(zip(texts, [0, 9, 9, 1, 1, 2], strict=True))]
+    pair([write(tmp_path / "scored", rows)], tmp_path / "pairs", pairer=BestWorst(), seed=0)
+    found = artifacts.manifest(tmp_path / "pairs")["pair_stats"]
+    assert {key: found[key] for key in ("completions", "blank", "duplicate", "tied", "num_pairs")} == {
+        "completions": 6, "blank": 1, "duplicate": 1, "tied": 1, "num_pairs": 1,
+    }  # fmt: skip
+
+
+def test_pairs_carry_the_pass_rate_of_their_prompt(tmp_path):
+    rows = [row(q, s, float(s < right)) for q, right in enumerate((1, 3, 0)) for s in range(4)]
+    pair([write(tmp_path / "scored", rows)], tmp_path / "pairs", pairer=CorrectIncorrect(), seed=0)
+    assert [p.meta["pass_rate"] for p in pairs_of(tmp_path / "pairs")] == [0.25, 0.75]
+    assert artifacts.manifest(tmp_path / "pairs")["pair_stats"]["mean_pass_rate"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_many_parts_and_many_files_to_deal_into_give_the_same_pairs(tmp_path, monkeypatch):
+    scored = [write(tmp_path / "scored", [row(q, s, float(s)) for s in range(2) for q in range(40)])]
+    pair(scored, tmp_path / "a", pairer=BestWorst(), seed=0)
+    monkeypatch.setattr(stage, "PROMPTS_PER_PART", 7)
+    monkeypatch.setattr(grouping, "BUCKET_BYTES", 4000)
+    pair(scored, tmp_path / "b", pairer=BestWorst(), seed=0)
+    assert len(artifacts.manifest(tmp_path / "b")["parts"]) == 6
+    assert sorted(pairs_of(tmp_path / "b"), key=repr) == sorted(pairs_of(tmp_path / "a"), key=repr)
+    assert artifacts.manifest(tmp_path / "a")["counts"] == artifacts.manifest(tmp_path / "b")["counts"]
+
+
 def test_pair_statistics_by_hand(tmp_path):
     """chosen: 6 and 2 characters; rejected: 3 and 5; margins: 4 and 1.5."""
     rows = [row(0, 0, 5.0, text="sixsix"), row(0, 1, 1.0, text="low"), row(0, 2, 2.0, text="between")]
@@ -92,10 +138,15 @@ def test_pair_statistics_by_hand(tmp_path):
     pair([write(tmp_path / "scored", rows)], tmp_path / "pairs", pairer=BestWorst(), seed=0)
     assert [(p.chosen, p.rejected) for p in pairs_of(tmp_path / "pairs")] == [("sixsix", "low"), ("ok", "fives")]
     assert artifacts.manifest(tmp_path / "pairs")["pair_stats"] == {
+        "completions": 5,
+        "blank": 0,
+        "duplicate": 0,
+        "tied": 0,
         "num_pairs": 2,
         "mean_chosen_characters": 4.0,
         "mean_rejected_characters": 4.0,
         "chosen_longer": 0.5,
+        "length_difference": {"min": -3.0, "p10": -2.4, "median": 0.0, "p90": 2.4, "max": 3.0},
         "margin": {"mean": 2.75, "min": 1.5, "max": 4.0},
     }
 
@@ -104,7 +155,9 @@ def test_no_pairs_at_all_is_an_empty_artifact_that_says_why(tmp_path):
     rows = [row(q, s, 0.0) for q in range(4) for s in range(3)]
     pair([write(tmp_path / "scored", rows)], tmp_path / "pairs", pairer=CorrectIncorrect(), seed=0)
     found = artifacts.manifest(tmp_path / "pairs")
-    assert (found["num_records"], found["counts"]["filtered"], found["pair_stats"]) == (0, {"all_wrong": 4}, {})
+    assert (found["num_records"], found["counts"]["filtered"]) == (0, {"all_wrong": 4})
+    counts = {"completions": 12, "blank": 0, "duplicate": 0, "tied": 8, "num_pairs": 0, "mean_pass_rate": 0.0}
+    assert found["pair_stats"] == counts
 
 
 def test_a_prompts_pairs_do_not_depend_on_the_other_prompts(tmp_path):

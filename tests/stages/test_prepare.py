@@ -249,6 +249,147 @@ def test_no_prompt_is_on_both_sides_of_the_split(tmp_path_factory, sources, frac
     assert all(len(found) == 1 for found in sides.values())
 
 
+# ------------------------------------------------------------------------------------------------ near-duplicates
+
+
+LONG = "tell me in a few short words how {} go from the town to the far side of the old bridge number {}"
+
+
+def cleaned(tmp_path, *, heldout_fraction=0.0, weights=None, decontaminate=(), near_duplicates=None, **sources):
+    mixer = DataMixerConfig(
+        "test",
+        sources,
+        weights or {},
+        heldout_fraction=heldout_fraction,
+        near_duplicates=near_duplicates,
+        decontaminate=list(decontaminate),
+    )
+    prepare(tmp_path / "out", mixer=mixer, seed=0)
+    return accounts(tmp_path / "out")
+
+
+def test_near_duplicate_prompts_are_quarantined_with_what_they_resemble(tmp_path):
+    """Of 14 words the 14th differs: 11 of 13 runs of three words are alike."""
+    texts = [
+        "a b c d e f g h i j k l m n",
+        "a b c d e f g h i j k l m x",
+        "quite another thing",
+        "a B c d e f g h i j k l m",
+    ]
+    file = write(tmp_path / "a.jsonl", [{"prompt": t, "chosen": "yes", "rejected": "no"} for t in texts])
+    found = cleaned(tmp_path, near_duplicates=0.8, a=SourceConfig(str(file)))
+    kept = {row.messages[0]["content"] for row in rows_of(tmp_path / "out/pairs", Pair)}
+    assert kept == {texts[0], texts[2]}
+    assert kept == {row.messages[0]["content"] for row in rows_of(tmp_path / "out/prompts", Prompt)}
+    assert found["near_duplicates"] == {"prompts": 4, "removed": 2}
+    listed = quarantine(tmp_path / "out")
+    assert [(row["line"], row["code"]) for row in listed] == [(2, "SIM"), (4, "SIM")]
+    assert listed[0]["message"] == f"{file}:2: the prompt is 0.85 similar to that at {file}:1"
+    # 2 of 4 rows are no fault of the file: max_bad_fraction=0.01 lets them pass.
+    assert found["sources"]["a"]["quarantined"] == {"SIM": 2}
+
+
+def test_a_held_out_prompt_stays_and_the_one_to_train_on_goes(tmp_path):
+    rows = [pair(i) | {"prompt": LONG.format(f"they{i}", i)} for i in range(60)]
+    near = [pair(i) | {"prompt": row["prompt"] + " then"} for i, row in enumerate(rows)]
+    sources = {"a": SourceConfig(str(write(tmp_path / "a.jsonl", [*rows, *near])))}
+    found = cleaned(tmp_path, near_duplicates=0.75, heldout_fraction=0.5, **sources)
+    pairs = rows_of(tmp_path / "out/pairs", Pair)
+    assert found["counts"]["quarantined"] == {"SIM": 60}
+    by_number = {row.messages[0]["content"].removesuffix(" then"): row.split for row in pairs}
+    assert len(by_number) == len(pairs) == 60
+    # Of two that are alike one is held out three times in four, and then that one is kept.
+    assert 35 <= Counter(by_number.values())["heldout"] <= 55
+
+
+def test_training_prompts_in_an_evaluation_set_are_removed_and_counted_for_each_set(tmp_path):
+    tests = [{"prompt": LONG.format(f"we{i}", i)} for i in range(20)]
+    more = [{"prompt": f"count from {i} up to the number {i} times seven hundred and say it"} for i in range(5)]
+    train = [
+        pair(0) | {"prompt": tests[0]["prompt"]},  # the same: held out, not removed
+        pair(1) | {"prompt": "First. " + tests[1]["prompt"].upper() + " " + " ".join("qrstuvwxyz")},
+        pair(2) | {"prompt": tests[2]["prompt"] + " please"},
+        pair(3) | {"prompt": "something else altogether, and long enough to have runs of eight words"},
+        pair(4) | {"prompt": more[4]["prompt"] + " now"},
+    ]
+    sources = {
+        "train": SourceConfig(str(write(tmp_path / "train.jsonl", train))),
+        "tests": SourceConfig(str(write(tmp_path / "tests.jsonl", tests)), heldout="all"),
+        "more": SourceConfig(str(write(tmp_path / "more.jsonl", more)), heldout="all"),
+    }
+    weights = {"tests": 0}
+    found = cleaned(tmp_path, decontaminate=["tests", "more"], weights=weights, near_duplicates=0.9, **sources)
+    splits = {row.chosen: row.split for row in rows_of(tmp_path / "out/pairs", Pair)}
+    assert splits == {"good 0": "heldout", "good 3": "train"}
+    report = found["decontamination"]
+    assert {name: counts["prompts"] for name, counts in report.items()} == {"tests": 20, "more": 5}
+    assert report["tests"]["by_words"] + report["tests"]["by_similarity"] == 2
+    assert report["more"]["by_words"] + report["more"]["by_similarity"] == 1
+    assert found["sources"]["train"]["quarantined"] == {"LEK": 3}
+    assert found["sources"]["tests"] | {"path": ""} == {
+        "path": "", "format": "prompt", "rows_in": 20, "used": 0, "not_selected": 20, "quarantined": {},
+        "selection": "0 takes none of 20 rows: read for data_mixer.decontaminate alone",
+    }  # fmt: skip
+    message = quarantine(tmp_path / "out")[0]["message"]
+    assert f"the prompt at {tmp_path / 'tests.jsonl'}:2 of the evaluation set tests is in this one" in message
+    assert "train.jsonl:2: " in message
+
+
+def test_test_sets_are_kept_whole_however_alike_their_prompts_are(tmp_path):
+    tests = [{"prompt": LONG.format("they", i)} for i in range(10)]
+    sources = {
+        "tests": SourceConfig(str(write(tmp_path / "tests.jsonl", tests)), heldout="all"),
+        "train": SourceConfig(str(write(tmp_path / "train.jsonl", [pair(0) | {"prompt": LONG.format("they", 99)}]))),
+    }
+    found = cleaned(tmp_path, near_duplicates=0.8, **sources)
+    assert {name: source["used"] for name, source in found["sources"].items()} == {"tests": 10, "train": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"near_duplicates": 1.5}, "data_mixer.near_duplicates=1.5 must be above 0 and at most 1"),
+        ({"decontaminate_share": 0.2}, "data_mixer.decontaminate_share=0.2 would be ignored"),
+        ({"decontaminate": ["b"]}, "data_mixer.decontaminate names b, which is none of data_mixer.sources"),
+        ({"decontaminate": ["a"]}, "data_mixer.decontaminate names a, which has heldout=by_hash"),
+        ({"weights": {"a": 0}}, "data_mixer.weights.a=0 must be above 0; leave the source out instead"),
+    ],
+)
+def test_settings_of_cleaning_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataMixerConfig("test", {"a": SourceConfig("a.jsonl")}, **settings)
+
+
+def test_documents_are_shortened_to_what_is_cited_where_a_source_says_so(tmp_path):
+    document = "".join(f"<C{i}>sentence number {i} " for i in range(50))
+    long = {"question": f"[Document Start]\n{document}\n[Document End]\n\nWhy?", "answer": "<cite>[9-9]</cite>"}
+    short = {"question": "[Document Start]\n<C0>one\n[Document End]\n\nWhy?", "answer": "<cite>[0-0]</cite>"}
+    rows = [long, short, {"question": "no document", "answer": "x"}]
+    source = SourceConfig(str(write(tmp_path / "a.jsonl", rows)), evidence_tokens=40, evidence_reserved_tokens=8)
+
+    def make_counter():
+        return lambda texts: [len(text.split()) for text in texts]
+
+    mixer = mixture(max_bad_fraction=1.0, a=source)
+    with pytest.raises(ConfigError, match="stage=prepare needs a tokenizer"):
+        prepare(tmp_path / "out", mixer=mixer, seed=0)
+    prepare(tmp_path / "out", mixer=mixer, seed=0, count_tokens=("words", make_counter))
+    found = accounts(tmp_path / "out")
+    assert found["uses"]["tokenizer"] == "words"
+    assert found["counts"]["quarantined"] == {"CIT": 1}
+    dropped = found["sources"]["a"]["shortened_to_evidence"]
+    assert (dropped["rows"], dropped["over_budget"]) == (1, 0)
+    prompts = {row.answer: row for row in rows_of(tmp_path / "out/prompts", Prompt)}
+    (changed,) = (row for row in prompts.values() if "sentences" in row.meta)
+    assert 9 in changed.meta["sentences"]
+    assert changed.meta["num_sentences"] == 50 - dropped["sentences_dropped"]
+    assert changed.answer == f"<cite>[{changed.meta['sentences'].index(9)}-{changed.meta['sentences'].index(9)}]</cite>"
+    with pytest.raises(ConfigError, match=r"evidence_reserved_tokens=1024 must be at least 0 and below"):
+        SourceConfig("a", evidence_tokens=500)
+    with pytest.raises(ConfigError, match=r"evidence_reserved_tokens=5 would be ignored"):
+        SourceConfig("a", evidence_reserved_tokens=5)
+
+
 # ------------------------------------------------------------------------------------------------ bad rows
 
 
@@ -452,7 +593,7 @@ def test_the_bytes_do_not_depend_on_the_hash_seed(tmp_path, run, folder_of_parts
         done = run(name, hash_seed=name)
         assert done.returncode == 0, done.stderr
     assert folder_of_parts(tmp_path / "1") == folder_of_parts(tmp_path / "2")
-    assert set(artifacts.manifest(tmp_path / "1/prompts")["companions"]) == {"pairs", "scored"}
+    assert set(artifacts.manifest(tmp_path / "1/prompts")["companions"]) == {"pairs", "scored", "demonstrations"}
 
 
 def test_a_run_killed_anywhere_and_started_again_writes_the_same_bytes(tmp_path, run, folder_of_parts):
