@@ -1,11 +1,16 @@
-"""Our sampling against `transformers.generate` in fixed batches in file order, same prompts, samples and limits.
+"""Our sampling against `transformers.generate` in fixed batches in file order, same prompts, samples and limits; and
+with the calculator against without.
 
-`python -m benchmarks.generation [--json OUT]`. Gate: greedy answers of both sides are the same, token for token.
+`python -m benchmarks.generation [--json OUT]`. Gates: greedy answers of both sides are the same, token for token; the
+calculator's results are right.
 """
 
 import argparse
 import itertools
+import operator
 import random
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +24,9 @@ from prefpipe.settings import HardwareConfig, ModelConfig
 from prefpipe.sources.arithmetic import arithmetic_problems
 
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS, THEIR_BATCH = 256, 8, 96, 32
+TARGET = 1.8
+"""Theirs / ours in time, at full size on two cores."""
+CALCULATOR_BATCH, CALCULATOR_REPEATS = 32, 5
 LEAST_AGREEMENT = 0.99
 """Share of greedy answers that must be the same; two equal best tokens may fall either way."""
 
@@ -59,6 +67,46 @@ def theirs(engine: Engine, rows: Sequence[Request], *, sample: bool) -> list[lis
     return answers
 
 
+def calculator(engine: Engine, repeats: int, threads: int | None) -> Comparison:
+    """One batch of 32 rows with and without: seconds per 1000 tokens, as right results give texts of another length."""
+    rows = requests(engine, CALCULATOR_BATCH, 1)
+    details: dict[str, int] = {}
+
+    def side(*, on: bool) -> float:
+        generator = HF(num_samples=1, max_new_tokens=MAX_NEW_TOKENS, calculator=on)
+        started = time.perf_counter()
+        answers = [answer for (answer,) in engine.sample(rows, generator).values()]
+        seconds = time.perf_counter() - started
+        num_tokens = sum(len(answer.token_ids) for answer in answers)
+        details["tokens_with" if on else "tokens_without"] = num_tokens
+        if on:
+            details["results"] = sum(len(answer.calculator["forced"]) for answer in answers if answer.calculator)
+            refuse_wrong_results([engine.template.decode(answer.token_ids) for answer in answers])
+        return 1000 * seconds / num_tokens
+
+    row = compare(
+        f"hf_calculator_1x{CALCULATOR_BATCH}",
+        ours=lambda: side(on=True),
+        theirs=lambda: side(on=False),
+        repeats=CALCULATOR_REPEATS * repeats,
+        peer="without, s per 1000 tokens",
+        target=round(1 / 1.10, 3),
+        threads=threads,
+        details=details,
+    )
+    print(f"calculator: {details}")
+    return row
+
+
+def refuse_wrong_results(texts: Sequence[str]) -> None:
+    """The gate: whole numbers, as in these problems, worked out by Python."""
+    operators = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    for text in texts:
+        for left, sign, right, result in re.findall(r"<<([0-9]+)([-+*])([0-9]+)=(.*?)>>", text):
+            if result != str(operators[sign](int(left), int(right))):
+                raise SystemExit(f"gate: {left}{sign}{right}={result}")
+
+
 def run(
     repeats: int = 5, *, num_prompts: int = NUM_PROMPTS, num_samples: int = NUM_SAMPLES, threads: int | None = None
 ) -> list[Comparison]:
@@ -80,8 +128,10 @@ def run(
             theirs=timed(lambda: theirs(engine, rows, sample=True)),
             repeats=repeats,
             peer="transformers",
+            target=TARGET,
             threads=threads,
-        )
+        ),
+        calculator(engine, repeats, threads),
     ]
 
 

@@ -39,6 +39,7 @@ class HF(Generator):
     name: str = "hf"
     max_batch_tokens: int = 65_536
     can_calculate: ClassVar[bool] = True
+    can_continue: ClassVar[bool] = True
 
     def generate(
         self,

@@ -22,7 +22,8 @@ class OpenAI(Generator):
     """Whatever model a server serves, which is not this run's policy unless you serve that.
 
     api: the server. samples_per_request: 1 gives each sample a request and a seed of its own; with more, they share the
-        price of the prompt and the seed of their first. top_k: vLLM and SGLang know it, OpenAI refuses it.
+        price of the prompt and the seed of their first. top_k: vLLM and SGLang know it, OpenAI refuses it; and it
+        answers no prompt that ends in a turn of the assistant's (sampling=citation_branches), as those two do.
 
     A sample that is refused, empty, or fails for good is counted by its reason; a prompt without any is left out.
     """
@@ -31,6 +32,7 @@ class OpenAI(Generator):
     api: ApiConfig = field(default_factory=ApiConfig)
     samples_per_request: int = 1
     samples_policy: ClassVar[bool] = False
+    can_continue: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,7 @@ class OpenAI(Generator):
                     top_k=self.top_k,
                     seed=request_seed(seed, round_, prompt.prompt_id, start),
                     num_samples=min(self.samples_per_request, self.num_samples - start),
+                    continues=prompt.messages[-1]["role"] == "assistant",
                 )
                 for prompt in prompts
                 for start in starts

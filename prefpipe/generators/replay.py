@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import orjson
 
@@ -27,6 +27,7 @@ class Replay(Generator):
 
     name: str = "replay"
     path: str | None = None
+    samples_policy: ClassVar[bool] = False
 
     def generate(
         self,

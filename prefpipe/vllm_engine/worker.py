@@ -1,0 +1,192 @@
+"""One vLLM engine as a process: JSON lines in, JSON lines out. `python -P worker.py`, in any environment with vLLM.
+
+The first line is its settings, each further one a batch (see `main`). Nothing here needs what prefpipe needs: it may
+run in an environment that has vLLM and no prefpipe.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+SECONDS_TO_END = 10.0
+SECONDS_TO_TELL = 3.0
+"""For vLLM itself to say why one of its processes has ended, where it can."""
+
+
+def offer_package() -> None:
+    """Make prefpipe importable, here and in what this process spawns, and nothing that is installed beside it."""
+    if "prefpipe" in sys.modules:
+        return
+    folder = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location(
+        "prefpipe", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["prefpipe"] = package
+    spec.loader.exec_module(package)
+
+
+offer_package()
+
+
+class Inbox:
+    """Lines from stdin. When it ends, so does this process with all it started: at once where it is at work."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[bytes | None] = queue.Queue()
+        self.busy = True
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> dict[str, Any] | None:
+        """The next message; None when there are no more."""
+        self.busy = False
+        line = self.lines.get()
+        self.busy = True
+        return None if line is None else json.loads(line)
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self.lines.put(line)
+        if not self.busy:
+            self.lines.put(None)
+            time.sleep(SECONDS_TO_END)
+        os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Settings: {model, precision, engine: arguments of vLLM's EngineArgs, calculator}. Answers {ready: …}.
+
+    Batches: {sampling: arguments of SamplingParams, limits: [tokens], requests: [[place, prompt ids, seeds]]}; answers
+    {place, sample, token_ids, logp, finish_reason}, as they end, and `logps` of each token with the calculator.
+    """
+    # What libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    inbox = Inbox()
+    settings = inbox.next()
+    assert settings is not None
+    engine = start(settings)
+    threading.Thread(target=end_with_children, daemon=True).start()
+    config = engine.vllm_config.model_config
+    say(answers, ready={"max_model_len": config.max_model_len, "dtype": str(config.dtype), "device": device()})
+    while (batch := inbox.next()) is not None:
+        sample(engine, batch, answers, each_token=settings["calculator"])
+
+
+def end_with_children() -> None:
+    """End when one of vLLM's own processes does: vLLM 0.32 waits for ever for the answers of a core that was killed."""
+    children = multiprocessing.active_children()
+    if not children:
+        return
+    ended = multiprocessing.connection.wait([child.sentinel for child in children])
+    time.sleep(SECONDS_TO_TELL)
+    for child in children:
+        if child.sentinel in ended:
+            print(f"ChildProcessError: vLLM's {child.name} ended with exit code {child.exitcode}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def device() -> str:
+    """What this vLLM is built for: "cpu", "cuda", …"""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def start(settings: dict[str, Any]) -> LLMEngine:
+    """Load the model."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    best = "fp32" if current_platform.is_cpu() else "bf16" if current_platform.has_device_capability(80) else "fp16"
+    precision = best if settings["precision"] == "auto" else settings["precision"]
+    extra: dict[str, Any] = {}
+    if settings["calculator"]:
+        extra["logits_processors"] = ["prefpipe.vllm_engine.calculator:Calculator"]
+    if current_platform.is_cpu():
+        # vLLM 0.32 dies of a prompt with a seed that is computed in pieces: "CPU Generator does not use offset".
+        extra["enable_chunked_prefill"] = False
+    arguments = EngineArgs(
+        model=settings["model"],
+        tokenizer=settings["model"],
+        # Token ids in, token ids out: prompts are rendered, and answers decoded, by those who ask.
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="raw_logprobs",
+        dtype=dtypes[precision],
+        disable_log_stats=True,
+        **settings["engine"],
+        **extra,
+    )
+    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+
+
+def sample(engine: LLMEngine, batch: dict[str, Any], answers: BinaryIO, *, each_token: bool) -> None:
+    """Sample a batch to its end."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    for (place, ids, seeds), limit in zip(batch["requests"], batch["limits"], strict=True):
+        for number, seed in enumerate(seeds):
+            params = SamplingParams(
+                **batch["sampling"],
+                max_tokens=limit,
+                seed=seed,
+                logprobs=0,
+                ignore_eos=True,  # stop_token_ids says it all
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+            engine.add_request(f"{place}/{number}", TokensPrompt(prompt_token_ids=ids), params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                tell(answers, output, each_token=each_token)
+    # So that an answer does not depend on the batches before.
+    engine.reset_prefix_cache()
+
+
+def tell(answers: BinaryIO, output: RequestOutput, *, each_token: bool) -> None:
+    """Send a finished completion."""
+    (completion,) = output.outputs
+    place, _, number = output.request_id.partition("/")
+    ids = list(completion.token_ids)
+    found: dict[str, Any] = {"place": int(place), "sample": int(number), "token_ids": ids}
+    if each_token:
+        assert completion.logprobs is not None
+        found["logps"] = [known[token].logprob for known, token in zip(completion.logprobs, ids, strict=True)]
+    say(answers, **found, logp=completion.cumulative_logprob, finish_reason=completion.finish_reason)
+
+
+def say(answers: BinaryIO, **message: Any) -> None:
+    """Send one line."""
+    line = json.dumps(message).encode() + b"\n"
+    while line:
+        line = line[answers.write(line) :]
+
+
+if __name__ == "__main__":
+    main()
