@@ -15,9 +15,9 @@ from prefpipe.artifacts import digest, is_complete, manifest, partial_path, read
 from prefpipe.errors import ArtifactError
 from prefpipe.records import EvalResult
 
-SHARED = ("prompts", "scored", "pairs", "base/evals", "base/eval_samples")
+SHARED = ("prompts", "scored", "pairs", "demonstrations", "base/evals", "base/eval_samples")
 CHAIN = ("completions", "scored", "pairs", "checkpoint", "evals")
-IN_ROUND = (*CHAIN, "eval_samples")
+IN_ROUND = (*CHAIN, "demonstrations", "eval_samples")
 UNREADABLE = (ArtifactError, OSError, ValueError, TypeError)
 STATES = ("failed", "incomplete", "stale", "complete")
 
@@ -197,7 +197,8 @@ def _find_missing(run: Run) -> None:
         run.problems.append(Problem("missing", "round_0/checkpoint", "nothing was trained yet"))
     for round_ in run.rounds:
         places = [f"round_{round_}/{place}" for place in (CHAIN if round_ == run.rounds[-1] else CHAIN[:-1])]
-        there = [place in run.artifacts or place in begun for place in places]
+        written = {re.sub(r"/demonstrations$", "/pairs", name) for name in run.artifacts}  # for SFT they are its pairs
+        there = [place in written or place in begun for place in places]
         last = max((index for index, found in enumerate(there) if found), default=-1)
         if last + 1 < len(places) and places[last] not in begun:
             after = f"comes after {places[last]}" if last >= 0 else "the round's folder is empty"
@@ -276,7 +277,7 @@ def training_pairs(run: Run, round_: int) -> list[Path]:
     """The pairs that the round's checkpoint was trained on; before there is one, those that it would be."""
     checkpoint = run.artifacts.get(f"round_{round_}/checkpoint")
     given = [path for path in checkpoint.inputs("pairs") if is_complete(path)] if checkpoint else []
-    if given:
+    if given or (checkpoint and checkpoint.inputs("demonstrations")):
         return given
     for place in (f"round_{round_}/pairs", "pairs"):
         if place in run.artifacts:

@@ -60,7 +60,12 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str, bool], ...]], ...] = (
 
 def render(run: Run) -> str:
     """The whole page."""
-    environment = jinja2.Environment(
+    return environment().get_template("template.html.j2").render(content(run))
+
+
+def environment() -> jinja2.Environment:
+    """Where pages are rendered: autoescaped, every text made visible."""
+    made = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -69,7 +74,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": text.number,
         "fixed": text.fixed,
         "percent": text.percent,
@@ -79,7 +84,7 @@ def render(run: Run) -> str:
         "folded": folded,
         "moment": moment_name,
     }
-    return environment.get_template("template.html.j2").render(content(run))
+    return made
 
 
 def _finalize(value: Any) -> Any:
