@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import generation, train_step
+from benchmarks import deduplicate, generation, pairing, scoring, train_step
 from benchmarks.harness import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -12,6 +12,9 @@ def main() -> None:
     """Run them one after the other; each writes its file as soon as it is done."""
     report(train_step.run(sweep_profile="hh"), RESULTS / "train_step_cpu.json")
     report(generation.run(threads=1), RESULTS / "generation_cpu.json")
+    report(pairing.run(), RESULTS / "pairing_cpu.json")
+    report(deduplicate.run(), RESULTS / "deduplicate_cpu.json")
+    report(scoring.run(), RESULTS / "scoring_cpu.json")
 
 
 if __name__ == "__main__":

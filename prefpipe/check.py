@@ -218,7 +218,12 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def point_name(overrides: Sequence[str]) -> str:
-    """A sweep point's folder: its overrides, sorted; with a hash where they are too long or had to be made safe."""
+    """A sweep point's folder: its overrides, sorted; with a hash where they are too long or had to be made safe.
+
+    "" for a shard: all shards belong to one run, whose folder is that of the command which merges them.
+    """
+    if any(line.lstrip("+").startswith("generator.shard=") for line in overrides):
+        return ""
     exact = ",".join(sorted(line for line in (o.lstrip("+") for o in overrides) if not _NOT_IN_POINT_NAME.match(line)))
     safe = re.sub(r"[^\w.,=+-]+", "", exact, flags=re.ASCII)
     if safe == exact and len(exact) <= 100:
@@ -228,7 +233,8 @@ def point_name(overrides: Sequence[str]) -> str:
 
 # They say what is done with a point, or are part of its path already.
 _NOT_IN_POINT_NAME = re.compile(
-    r"(stage|exp_name|point|round|overwrite|plan|experiment|((paths|inputs|hydra|hardware|tracking|task)([./][^=]*)?))="
+    r"(stage|exp_name|point|round|overwrite|plan|experiment|generator\.num_shards"
+    r"|((paths|inputs|preview|browse|hydra|hardware|tracking|task)([./][^=]*)?))="
 )
 
 
@@ -261,7 +267,7 @@ def _check_points_differ(configs: Sequence[DictConfig]) -> None:
         HydraConfig.instance().set_config(cfg)
         overrides = list(cfg.hydra.overrides.task)
         stage = None if OmegaConf.is_missing(cfg, "stage") else cfg.stage
-        place = (cfg.paths.runs, cfg.exp_name, point_name(overrides), cfg.round, stage)
+        place = (cfg.paths.runs, cfg.exp_name, point_name(overrides), cfg.round, stage, cfg.generator.shard)
         if place in seen:
             raise ConfigError(
                 f"two points of the sweep would write to the same folder: [{seen[place]}] and [{' '.join(overrides)}]; "

@@ -23,7 +23,7 @@ from prefpipe import suggest
 from prefpipe.check import STAGES, Checker, default_stage, point_name, without_hydra
 from prefpipe.config import CONF_DIR, register_schemas
 from prefpipe.errors import ConfigError, PrefpipeError
-from prefpipe.logs import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, set_up_logging
+from prefpipe.logs import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, say, set_up_logging
 from prefpipe.settings import Stage
 
 HELP = f"""\
@@ -173,12 +173,12 @@ def _command(command: CommandLine) -> None:
     if "--version" in command.flags:
         print(f"prefpipe {prefpipe.__version__}")
     elif "--help" in command.flags:
-        _say(help_text(command))
+        say(help_text(command))
     elif "--cfg" in command.flags:
         checker = command.checker()
         for cfg in checker.compose(command.overrides):
             if checker.multirun:
-                _say(f"# {' '.join(cfg.hydra.overrides.task)}")
+                say(f"# {' '.join(cfg.hydra.overrides.task)}")
             _show(cfg, command.flags)
     else:
         if not command.flags.keys() & {"--hydra-help", "--info", "--shell-completion"}:
@@ -195,7 +195,7 @@ def _show(cfg: DictConfig, flags: dict[str, str]) -> None:
     part = OmegaConf.select(cfg, flags["--package"]) if "--package" in flags else cfg
     if "--package" in flags and part is None:
         raise ConfigError(f"--package {flags['--package']}: there is no such part, or it is null")
-    _say(OmegaConf.to_yaml(part, resolve="--resolve" in flags).rstrip() if OmegaConf.is_config(part) else str(part))
+    say(OmegaConf.to_yaml(part, resolve="--resolve" in flags).rstrip() if OmegaConf.is_config(part) else str(part))
 
 
 def _run(command: CommandLine) -> None:
@@ -237,13 +237,6 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
         os.environ.pop(name, None)
         if before is not None:
             os.environ[name] = before
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(error: Exception, point: str = "") -> None:

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 import prefpipe.generators
 import prefpipe.losses
 import prefpipe.pairers
+import prefpipe.sampling
 import prefpipe.scorers
 import prefpipe.tasks
 from prefpipe import settings
@@ -52,9 +53,12 @@ class RunConfig:
     overwrite: bool = False
     plan: bool = False
     inputs: settings.InputsConfig = field(default_factory=settings.InputsConfig)
+    preview: settings.PreviewConfig = field(default_factory=settings.PreviewConfig)
+    browse: settings.BrowseConfig = field(default_factory=settings.BrowseConfig)
     model: settings.ModelConfig = MISSING
     data_mixer: settings.DataMixerConfig = MISSING
     generator: prefpipe.generators.Generator = MISSING
+    sampling: prefpipe.sampling.Sampling = MISSING
     scorer: prefpipe.scorers.Scorer = MISSING
     pairer: prefpipe.pairers.Pairer = MISSING
     loss: prefpipe.losses.Loss = MISSING
@@ -69,7 +73,7 @@ class RunConfig:
 
 def register_schemas() -> None:
     """Put every dataclass where `defaults:` in conf/ can find it, under schema/ (never listed as a choice)."""
-    for package in (prefpipe.generators, prefpipe.scorers, prefpipe.tasks):
+    for package in (prefpipe.generators, prefpipe.sampling, prefpipe.scorers, prefpipe.tasks):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
     store = ConfigStore.instance().store

@@ -25,6 +25,15 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=".*torchvision.*")
 
 
+def say(text: str) -> None:
+    """Print what was asked for. What the terminal's encoding lacks is spelt out; `| head` may stop reading."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def log_to(file: Path) -> None:
     """Append what is logged to a file as well, for whoever looks for the reason the next morning."""
     file.parent.mkdir(parents=True, exist_ok=True)

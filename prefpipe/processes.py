@@ -1,16 +1,26 @@
 """Child processes that die with their parent, as a group, and tell why they ended."""
 
+import contextlib
 import ctypes
+import logging
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from prefpipe.errors import PrefpipeError
 
+log = logging.getLogger(__name__)
+
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 10.0
+LINES_KEPT = 400
+"""Of a Talker's log, for the error that tells of its end."""
 
 
 class ChildError(PrefpipeError, RuntimeError):
@@ -40,6 +50,102 @@ def run_process(command: Sequence[str], what: str) -> None:
         raise
     if code:
         raise ChildError(f"{what} {_why(code)}")
+
+
+class Talker:
+    """A child in a process group of its own that is asked, and answers, in lines on its stdin and stdout.
+
+    Its stderr goes to the log file. Its stdin ends with this process, however that ends: the child has to end then,
+    with what it started. When the child ends by itself, what it started is ended here.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        what: str,
+        answers: "queue.Queue[tuple[Talker, bytes | None]]",
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
+        """answers: where its lines are put; None stands for its end."""
+        self.what = what
+        self._answers = answers
+        self._said = deque[str](maxlen=LINES_KEPT)
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(
+            list(command), stdin=pipe, stdout=pipe, stderr=pipe, env=dict(environment), start_new_session=True
+        )
+        readers = [threading.Thread(target=target, daemon=True) for target in (self._read, self._listen)]
+        self._watcher = threading.Thread(target=self._watch, args=(readers,), daemon=True)
+        for thread in (*readers, self._watcher):
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the child, and of its process group."""
+        return self._child.pid
+
+    def ask(self, line: bytes) -> None:
+        """Send one line. Raises ChildError when the child is gone."""
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            self._watcher.join()
+            raise self.error() from None
+
+    def error(self) -> ChildError:
+        """Why the child has ended, with what it said last."""
+        code = self._child.wait()
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory?)"
+        again = "the same command again goes on from its last commit"
+        return ChildError(f"{self.what} {how}; {again}. {_last_words(self._said)}")
+
+    def close(self, *, now: bool) -> None:
+        """End the child and all it started: at once, or by the end of its stdin, for which it gets some seconds."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        if not now:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(GRACE_SECONDS)
+        if self._child.poll() is None:
+            self._kill_group()
+        self._watcher.join()
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            self._answers.put((self, line))
+
+    def _listen(self) -> None:
+        assert self._child.stderr is not None
+        for line in self._child.stderr:
+            text = line.decode(errors="replace").rstrip()
+            self._said.append(text)
+            log.debug("%s: %s", self.what, text)
+
+    def _watch(self, readers: Sequence[threading.Thread]) -> None:
+        """What the child started may outlive it, and holds its pipes open."""
+        self._child.wait()
+        self._kill_group()
+        for reader in readers:
+            reader.join()
+        self._answers.put((self, None))
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    """The first and the last error in them, as later ones often only say that there was one; else the end."""
+    errors = [line for line in lines if re.search(r"\b[A-Z]\w*(Error|Exception)\b: ?\S", line)]
+    words = dict.fromkeys([*errors[:1], *errors[-1:]] or [line for line in lines if line.strip()][-3:])
+    return f"Its last words: {' | '.join(words)}" if words else "It said nothing"
 
 
 def _why(code: int) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from prefpipe import artifacts, rounds, tracking
 from prefpipe.config import RunConfig, freeze, to_run_config
 from prefpipe.errors import ArtifactError, ConfigError
-from prefpipe.logs import log_to
+from prefpipe.logs import log_to, say
+from prefpipe.pairers import Demonstrator
 from prefpipe.rounds import BASE, Layout
 from prefpipe.settings import Stage
 
 log = logging.getLogger(__name__)
+
+READERS = ("analyze", "report", "preview", "browse")
+"""Stages that look at artifacts and make none."""
 
 
 def run(cfg: DictConfig, *, point: str = "") -> None:
@@ -52,8 +56,13 @@ class Command:
             self._print_plan()
             return
         started = time.time()
-        log_to(at.log_file(run.stage.value))
+        log_to(at.log_file(self._log_name))
         log.info("stage=%s exp_name=%s round=%d", run.stage.value, run.exp_name, run.round)
+        if run.generator.shard is not None and run.stage in (Stage.evaluate, Stage.loop):
+            raise ConfigError(
+                f"generator.shard={run.generator.shard} would be ignored by stage={run.stage.value}, as only "
+                f"stage=generate samples in shards; drop it"
+            )
         stages: dict[Stage, Callable[[], None]] = {
             Stage.prepare: self._prepare,
             Stage.generate: self._generate,
@@ -63,6 +72,8 @@ class Command:
             Stage.evaluate: self._evaluate,
             Stage.analyze: self._analyze,
             Stage.report: self._report,
+            Stage.preview: self._preview,
+            Stage.browse: self._browse,
             Stage.loop: self._loop,
         }
         try:
@@ -74,10 +85,23 @@ class Command:
             tracking.send_to_mlflow(at.output("checkpoint"), at.output("evals"), run.tracking, self._flat())
         log.info("stage=%s done in %.1f s", run.stage.value, time.time() - started)
 
+    @property
+    def _log_name(self) -> str:
+        """Of the stage; shards run side by side, so each has its own."""
+        generator = self.run.generator
+        shard = f"-shard-{generator.shard}-of-{generator.num_shards}" if generator.shard is not None else ""
+        return self.run.stage.value + (shard if self.run.stage is Stage.generate else "")
+
     def _prepare(self) -> None:
         from prefpipe.stages.prepare import prepare
 
-        prepare(self.layout.root, mixer=self.run.data_mixer, seed=self.run.seed, overwrite=self.run.overwrite)
+        prepare(
+            self.layout.root,
+            mixer=self.run.data_mixer,
+            seed=self.run.seed,
+            count_tokens=(f"{self.run.model.path}@{self.run.model.revision}", self._token_counter),
+            overwrite=self.run.overwrite,
+        )
 
     def _generate(self) -> None:
         from prefpipe.stages.generate import generate
@@ -87,8 +111,9 @@ class Command:
             at.input("prompts", run.inputs.prompts),
             at.output("completions"),
             generator=run.generator,
+            sampling=run.sampling,
             model=run.model,
-            folder=self._sampling_policy(),
+            folder=self._sampling_policy() if run.generator.samples_policy else None,
             hardware=run.hardware,
             seed=run.seed,
             round_=run.round,
@@ -107,10 +132,15 @@ class Command:
         score(completions, at.output("scored"), scorer=run.scorer, context=context, overwrite=run.overwrite)
 
     def _pair(self) -> None:
+        from prefpipe.stages.demonstrate import demonstrate
         from prefpipe.stages.pair import pair
 
         run, at = self.run, self.layout
         scored = at.input("scored", run.inputs.scored)
+        if isinstance(run.pairer, Demonstrator):
+            out = at.output("demonstrations")
+            demonstrate(scored, out, pairer=run.pairer, seed=run.seed, overwrite=run.overwrite)
+            return
         pair(scored, at.output("pairs"), pairer=run.pairer, seed=run.seed, overwrite=run.overwrite)
 
     def _train(self) -> None:
@@ -121,19 +151,25 @@ class Command:
             raise ConfigError(
                 f"inputs.reference={run.inputs.reference}, but loss={run.loss.name} reads no reference; drop it"
             )
+        if run.inputs.reference and run.inputs.reference_logps:
+            raise ConfigError(
+                f"inputs.reference={run.inputs.reference} would be ignored, as "
+                f"inputs.reference_logps={run.inputs.reference_logps} stands in for it; drop one of them"
+            )
         policy = self._training_start()
         train(
-            at.input("pairs", run.inputs.pairs),
+            self._training_data(),
             at.output("checkpoint"),
             model=run.model,
             policy=policy,
-            reference=Path(run.inputs.reference) if run.inputs.reference else policy,
+            reference=rounds.explicit_reference(run.inputs) or policy,
             loss=run.loss,
             training=run.training,
             selection=run.selection,
             hardware=run.hardware,
             seed=run.seed,
             freeze=self._freeze_for_worker,
+            reference_logps=Path(run.inputs.reference_logps) if run.inputs.reference_logps else None,
             overwrite=run.overwrite,
         )
 
@@ -172,12 +208,46 @@ class Command:
 
         report(self.layout.root, out=self.layout.root / "report.html")
 
+    def _preview(self) -> None:
+        from prefpipe.stages.preview import preview
+
+        run, at = self.run, self.layout
+        text = preview(
+            self._training_data(),
+            at.output("preview.html"),
+            model=run.model,
+            policy=self._training_start(),
+            loss=run.loss,
+            training=run.training,
+            selection=run.selection,
+            num_examples=run.preview.num_examples,
+        )
+        say(text)
+
+    def _browse(self) -> None:
+        from prefpipe.stages.browse import browse
+
+        run, at = self.run, self.layout
+        for page in browse(at.browsable(run.inputs), at.root / "browse", settings=run.browse, seed=run.seed):
+            say(str(page))
+
     def _loop(self) -> None:
         from prefpipe.stages.loop import loop
 
+        if isinstance(self.run.pairer, Demonstrator) and self.run.loss.pairwise and "pair" in self.run.recipe.stages:
+            raise ConfigError(
+                f"pairer={self.run.pairer.name} makes demonstrations, and loss={self.run.loss.name} reads pairs; use "
+                f"loss=sft, or a pairer that makes pairs"
+            )
         config = self.layout.root / "loop.yaml"
         freeze(self.cfg, config)
         loop(config, self.run.recipe, record=self.layout.root / "loop.json")
+
+    def _token_counter(self) -> Callable[[Sequence[str]], list[int]]:
+        from prefpipe.models import load_tokenizer
+
+        tokenizer = load_tokenizer(self.run.model, self._base_model())
+        return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def _base_model(self) -> Path:
         from prefpipe.models import model_folder
@@ -196,6 +266,24 @@ class Command:
         if self.run.inputs.checkpoint is None and self.run.recipe.start_from == BASE:
             return self._base_model()
         return self._sampling_policy()
+
+    def _training_data(self) -> dict[str, list[Path]]:
+        """The pairs; where no rejected side is read, the demonstrations, or pairs for their chosen side."""
+        given = {
+            name: paths
+            for name, paths in (("pairs", self.run.inputs.pairs), ("demonstrations", self.run.inputs.demonstrations))
+            if paths is not None
+        }
+        if not self.run.loss.pairwise:
+            at = self.layout
+            found = {name: at.input(name, paths) for name, paths in given.items()}
+            return found or at.nearest(["demonstrations", "pairs"])
+        if "demonstrations" in given:
+            raise ConfigError(
+                f"inputs.demonstrations={given['demonstrations']}: demonstrations have no rejected side, which "
+                f"loss={self.run.loss.name} reads; train on pairs, or with loss=sft"
+            )
+        return {"pairs": self.layout.input("pairs", given.get("pairs"))}
 
     def _pairs_to_evaluate(self) -> list[Path]:
         """Pairs that came with the data, or are named; made pairs hold no held-out prompt."""
@@ -218,6 +306,8 @@ class Command:
 
     def _print_plan(self) -> None:
         """What would run: the stages, where each writes, and whether that is there already."""
+        from prefpipe.stages.shards import shard_folder
+
         run, at = self.run, self.layout
         recipe = run.recipe
         names = [*recipe.before, *recipe.stages, *recipe.after] if run.stage is Stage.loop else [run.stage.value]
@@ -225,13 +315,15 @@ class Command:
             "prepare": "prompts",
             "generate": "completions",
             "score": "scored",
-            "pair": "pairs",
+            "pair": "demonstrations" if isinstance(run.pairer, Demonstrator) else "pairs",
             "train": "checkpoint",
         }
         print(f"run folder: {at.root}")
         for name in names:
             output = at.root / "prompts" if name == "prepare" else at.output(outputs.get(name, "evals"))
-            state = "reads what is there" if name in ("analyze", "report") else str(output)
-            if name not in ("analyze", "report"):
+            if name == "generate" and run.generator.shard is not None:
+                output = shard_folder(output, run.generator.shard, run.generator.num_shards)
+            state = "reads what is there" if name in READERS else str(output)
+            if name not in READERS:
                 state += " (there already)" if artifacts.is_complete(output) else " (to be made)"
             print(f"  {name:<9} {state}")

@@ -11,6 +11,12 @@ from prefpipe import settings
 from prefpipe.components import COMPONENTS
 from prefpipe.config import DATA_GROUPS, RunConfig
 
+KEYS_WITHOUT_GROUP: dict[str, type] = {
+    "inputs": settings.InputsConfig,
+    "preview": settings.PreviewConfig,
+    "browse": settings.BrowseConfig,
+}
+
 
 def groups_and_options(folders: Iterable[Path]) -> dict[str, list[str]]:
     """Group → its options, as the folders and YAML files of conf/ (and of --config-dir) say."""
@@ -32,8 +38,8 @@ def declared_keys() -> dict[str, list[str]]:
                 prefix = f"task.{option}" if name == "task" else name
                 for key in dataclasses.fields(cls):
                     keys.setdefault(f"{prefix}.{key.name}", []).append(f"{name}={option}")
-        elif name in DATA_GROUPS or name == "inputs":
-            cls = settings.InputsConfig if name == "inputs" else DATA_GROUPS[name]
+        elif name in DATA_GROUPS or name in KEYS_WITHOUT_GROUP:
+            cls = KEYS_WITHOUT_GROUP.get(name) or DATA_GROUPS[name]
             keys |= {f"{name}.{key.name}": [] for key in dataclasses.fields(cls)}
         else:
             keys[name] = []

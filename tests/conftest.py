@@ -54,6 +54,46 @@ def context(tmp_path: Path, tiny_folder: Path) -> "ScoringContext":
     )
 
 
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder-decoder model as Flan-T5 is: gated, its head not tied, more embeddings than tokens.
+
+    Its files are those of the hub: config.json says tie_word_embeddings=false; the tokenizer has no chat template,
+    puts `</s>` behind a text, and knows no line break, brace or `<`.
+    """
+    import orjson
+    import torch
+    from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+    folder = tmp_path_factory.mktemp("t5")
+    letters = "abcdefghijklmnopqrstuvwxyzABHQT0123456789+=#?:.,"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *((letter, -3.0) for letter in letters)]
+    T5Tokenizer(vocab=[*pieces, ("\u2581apples", -1.0)], extra_ids=2).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head = torch.nn.Linear(32, 64, bias=False)
+    model.generation_config = GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    settings = orjson.loads((folder / "config.json").read_bytes())
+    settings["tie_word_embeddings"] = False
+    del settings["scale_decoder_outputs"]
+    (folder / "config.json").write_bytes(orjson.dumps(settings))
+    return folder
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> RunCli:
     """Run `prefpipe ...` in an empty folder, as a user would; output goes to tmp_path/runs."""

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import orjson
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan, differences
 from prefpipe.errors import ArtifactError
-from prefpipe.records import Completion, Prompt, prompt_id
+from prefpipe.records import Completion, Prompt, ScoredCompletion, prompt_id, row_reader
 
 
 def prompts(count: int, start: int = 0) -> list[Prompt]:
@@ -38,6 +39,23 @@ def test_what_is_written_is_read_back(tmp_path):
     manifest = artifacts.manifest(tmp_path / "a")
     assert (manifest["schema"], manifest["num_records"]) == ("prompt/1", 7)
     assert set(manifest["versions"]) >= {"python", "torch", "transformers"}
+
+
+def test_rows_are_read_as_the_constructor_would():
+    (first,) = prompts(1)
+    scored = {"completion_id": "c", "text": "t", "scores": {"s": 1.0}}
+    whole = orjson.loads(orjson.dumps(first)) | scored
+    every = {field.name: getattr(ScoredCompletion(**whole), field.name) for field in fields(ScoredCompletion)}
+    for row in (whole, every):
+        made = row_reader(ScoredCompletion)(dict(row))
+        assert made == ScoredCompletion(**row)
+        assert hash(made.prompt_id) == hash(first.prompt_id)
+    with pytest.raises(FrozenInstanceError):
+        made.text = "other"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'texts'"):
+        row_reader(ScoredCompletion)({**{k: v for k, v in every.items() if k != "text"}, "texts": "t"})
+    with pytest.raises(ValueError, match="score 's' of completion c is nan"):
+        row_reader(ScoredCompletion)({**every, "scores": {"s": float("nan")}})
 
 
 def test_nothing_appears_before_the_end(tmp_path):

@@ -1,12 +1,13 @@
 """The benchmarks themselves, tiny: that they run, agree with their peers and write what they promise."""
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 
 import orjson
 import pytest
 
-from benchmarks import generation
+from benchmarks import deduplicate, generation, pairing, scoring
 from benchmarks.harness import compare, report
 from benchmarks.profiles import PROFILES, SHAPES, build_tokenizer, make_pairs, padding
 
@@ -63,8 +64,29 @@ def test_lengths_are_in_tokens(name: str) -> None:
 
 
 def test_generation() -> None:
-    (row,) = generation.run(repeats=1, num_prompts=4, num_samples=2, threads=1)
+    rows = generation.run(repeats=1, num_prompts=4, num_samples=2, threads=1)
+    assert [row.peer for row in rows] == ["transformers", "without, s per 1000 tokens"]
+    assert all(row.ratio > 0 for row in rows)
+    assert rows[1].details["results"] > 0
+
+
+def test_a_calculator_that_is_wrong_is_refused() -> None:
+    generation.refuse_wrong_results(["3 <<2*3=6>>6", "none", "<<2-3=-1>>"])
+    with pytest.raises(SystemExit, match=r"gate: 2\*3=7"):
+        generation.refuse_wrong_results(["<<2*3=7>>"])
+
+
+@pytest.mark.parametrize("name", pairing.PROFILES)
+def test_pairing(name: str) -> None:
+    (row,) = pairing.run(repeats=1, num_completions=64, names=[name])
     assert row.ratio > 0
+    assert 20 < row.details["theirs_peak_mib"] < row.details["allowed_peak_mib"]
+
+
+def test_deduplicate() -> None:
+    (row,) = deduplicate.run(repeats=1, num_prompts=400)
+    assert row.ratio > 0
+    assert row.details["ours_removed"] > 50
 
 
 @needs_trl
@@ -113,3 +135,21 @@ def test_memory_of_one_side(tmp_path: Path) -> None:
     found = measure("ours", "tiny", build_model(SHAPES["tiny"], tmp_path), threads=1)
     assert 0 <= found["training"] == found["peak"] - found["before"]
     assert found["before"] > 100 * 2**20
+
+
+def test_scoring_in_small_agrees_and_gives_a_row_for_each_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = scoring.run(1, context=300, candidates=3, shape="tiny")
+    assert [row.profile for row in rows] == ["context_ablation_anywhere", "context_ablation_nearby"]
+    assert all(row.details["largest_difference"] <= scoring.TOLERANCE for row in rows)
+    assert capsys.readouterr().out.count("3 scores agree") == 2
+
+
+@pytest.mark.parametrize("spread", [None, 10])
+def test_candidates_cite_apart_ranges_inside_the_document(spread: int | None) -> None:
+    given = scoring.citation(256, context=2048, candidates=10, spread=spread)
+    assert len(given.candidates) == len({tuple(candidate) for candidate in given.candidates}) == 10
+    for candidate in given.candidates:
+        assert all(0 <= a <= b < len(given.sentences) for a, b in candidate)
+        assert all(b + 1 < c for (_, b), (c, _) in pairwise(candidate))
+    cited = [number for candidate in given.candidates for number in given.cited(candidate)]
+    assert max(cited) - min(cited) <= (12 if spread else len(given.sentences))

@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line_with_its_remedy(prefpipe: Prefpipe, args: str, li
 
 def test_a_command_without_a_stage_is_told_the_stages(prefpipe: Prefpipe) -> None:
     line = refused(prefpipe("loss=simpo"))
-    assert "prepare, generate, score, pair, train, evaluate, analyze, report, loop" in line
+    assert "prepare, generate, score, pair, train, evaluate, analyze, report, preview, browse, loop" in line
     assert "expected one of [prepare, generate" in refused(prefpipe("stage=trian"))
 
 

@@ -930,7 +930,7 @@ def test_the_nll_term_is_said_in_the_log_where_there_is_one() -> None:
 
 
 def test_sft_has_no_nll_weight() -> None:
-    assert [field.name for field in dataclasses.fields(COMPONENTS["loss"]["sft"])] == ["name"]
+    assert [field.name for field in dataclasses.fields(COMPONENTS["loss"]["sft"])] == ["name", "turns"]
 
 
 # Knobs.
@@ -947,7 +947,7 @@ KNOBS = [
     (name, field.name)
     for name, cls in COMPONENTS["loss"].items()
     for field in dataclasses.fields(cls)
-    if field.name != "name"
+    if field.name != "name" and (name, field.name) != ("sft", "turns")  # chooses tokens: tests/training/test_sft.py
 ]
 FAR = [
     Row(-50.0, -20.0, -20.0, -50.0, 9, 4, k_w=3.0, k_l=7.0),

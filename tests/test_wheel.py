@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from environments import find_links
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.integration
@@ -51,14 +52,6 @@ def installed(wheel, tmp_path_factory) -> Path:
     else:
         call(python, "-m", "pip", "install", *wanted, cwd=folder.parent)
     return folder / "bin"
-
-
-def find_links() -> list[str]:
-    """uv does not read pip's configuration, which may name a folder with a CPU build of torch."""
-    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    folders = (done.stdout if done.returncode == 0 else os.environ.get("PIP_FIND_LINKS", "")).split()
-    return [word for folder in folders for word in ("--find-links", folder)]
 
 
 def names_in(folder: Path) -> Iterator[str]:

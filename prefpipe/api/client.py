@@ -112,8 +112,12 @@ class Client:
         top_k: int = 0,
         seed: int | None = None,
         num_samples: int = 1,
+        continues: bool = False,
     ) -> Body:
-        """A request of /v1/chat/completions. What is switched off is left out, as not every server knows every key."""
+        """A request of /v1/chat/completions. What is switched off is left out, as not every server knows every key.
+
+        continues: go on with the last message, the assistant's, in place of answering (vLLM, SGLang).
+        """
         body: dict[str, Any] = {
             **(self.api.extra_body or {}),
             "model": self.api.model,
@@ -129,6 +133,8 @@ class Client:
             body["seed"] = seed
         if num_samples > 1:
             body["n"] = num_samples
+        if continues:
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
         return body
 
     def complete(self, bodies: Sequence[Body]) -> list[Outcome]:

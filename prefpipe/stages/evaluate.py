@@ -1,5 +1,6 @@
 """checkpoint and held-out data → numbers with confidence intervals."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,12 @@ class PolicyUnderTest:
         self, prompts: Iterable[Prompt], *, num_samples: int, temperature: float, max_new_tokens: int | None = None
     ) -> list[Completion]:
         """Completions in the order of the prompts. Raises DataError where a prompt cannot be answered at all."""
+        if not self.generator.samples_policy:
+            raise ConfigError(
+                f"generator={self.generator.name} does not sample the checkpoint, so its completions would say nothing "
+                f"about it; evaluate with generator=hf, in a loop by leaving evaluate out of recipe.before and "
+                f"recipe.stages"
+            )
         tokens = self.generator.max_new_tokens if max_new_tokens is None else max_new_tokens
         generator = replace(self.generator, num_samples=num_samples, temperature=temperature, max_new_tokens=tokens)
         answers = generator.generate(
@@ -51,23 +58,42 @@ class PolicyUnderTest:
         """Log-probabilities of each pair, truncated as in training. Raises DataError where a pair cannot be encoded."""
         import torch
 
-        from prefpipe.prompts import ChatTemplate
         from prefpipe.training.batches import encode
         from prefpipe.training.engine import choose_engine
 
         device = models.device_of(self.hardware)
-        tokenizer = models.load_tokenizer(self.model, self.folder)
-        template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, self.folder))
+        template = models.load_template(self.model, self.folder)
         examples, counts = encode(pairs, template, self.training, pairwise=True, split=Split.heldout)
         if len(examples) < len(pairs):
             log.warning(
                 "pair accuracy: %d of %d pairs cannot be encoded: %s", len(pairs) - len(examples), len(pairs), counts
             )
+        self.generator.close()  # a GPU may not hold both
         weights = models.load_weights(self.model, self.folder, dtype=torch.float32, device=device).eval()
         engine = choose_engine(self.training, weights, examples, device=device)
         logps = engine.all_logps(weights, examples, self.training)
         columns = (logps.chosen, logps.chosen_tokens, logps.rejected, logps.rejected_tokens)
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def pair_rewards(self, pairs: list[Pair]) -> list[tuple[float, float] | None]:
+        """Rewards of each pair, truncated as in training; None where its template refuses it."""
+        import torch
+
+        from prefpipe.reward_models import load_reward_model
+        from prefpipe.training.batches import encode
+        from prefpipe.training.rewards import all_rewards, choose_reward_engine
+
+        device = models.device_of(self.hardware)
+        self.generator.close()  # a GPU may not hold both
+        weights = load_reward_model(self.model, self.folder, dtype=torch.float32, device=device).eval()
+        template = models.load_template(self.model, self.folder, rewards=True)
+        examples, _ = encode(pairs, template, self.training, pairwise=True, split=Split.heldout)
+        engine = choose_reward_engine(self.training, weights, examples, device=device)
+        found = all_rewards(engine, weights, examples, self.training)
+        rewards: list[tuple[float, float] | None] = [None] * len(pairs)
+        for example, chosen, rejected in zip(examples, found.chosen.tolist(), found.rejected.tolist(), strict=True):
+            rewards[example.row] = (chosen, rejected)
+        return rewards
 
 
 def evaluate(
@@ -100,9 +126,8 @@ def evaluate(
     }
     parents = {"prompts": list(prompts), "pairs": list(pairs)}
     samples_out = out.with_name("eval_samples")
-    with artifacts.draft(
-        out, Plan("evaluate", EvalResult.schema, uses=uses, parents=parents), overwrite=overwrite
-    ) as draft:
+    plan = Plan("evaluate", EvalResult.schema, uses=uses, parents=parents)
+    with artifacts.draft(out, plan, overwrite=overwrite) as draft, contextlib.closing(generator):
         if draft.is_current:
             return
         heldout = [
@@ -123,8 +148,8 @@ def evaluate(
             samples += [replace(sample, meta={**sample.meta, "task": task.name}) for sample in written]
             for result in found:
                 log.info("%s %.4f [%.4f, %.4f] n=%d", result.metric, result.value, result.low, result.high, result.n)
-        plan = Plan("evaluate", ScoredCompletion.schema, uses=uses, parents=parents)
-        with artifacts.draft(samples_out, plan, overwrite=True) as draft_samples:
+        of_samples = Plan("evaluate", ScoredCompletion.schema, uses=uses, parents=parents)
+        with artifacts.draft(samples_out, of_samples, overwrite=True) as draft_samples:
             draft_samples.commit_stream(_verdicts(samples, tasks))
         draft.commit_stream(results)
 

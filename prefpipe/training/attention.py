@@ -16,6 +16,9 @@ from transformers import AttentionInterface, PreTrainedModel
 DOCUMENTS = "prefpipe_documents"
 """Name of this attention in transformers; without a mask function of that name, transformers makes no mask."""
 
+QUERY_BLOCK = 256
+"""Queries of a masked attention that are computed together."""
+
 UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 """What some families add to attention and this one would ignore."""
 
@@ -86,18 +89,13 @@ def documents_attention(
         if softcap is not None:
             parts.append(_capped(queries, keys, values, scaling, softcap, _visible(queries, keys, window), dropout))
             continue
-        plain = document.shared == 0 and window is None and unread <= 0
-        parts.append(
-            scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=None if plain else _visible(queries, keys, window),
-                dropout_p=dropout,
-                is_causal=plain,
-                scale=scaling,
+        if document.shared == 0 and window is None and unread <= 0:
+            attended = scaled_dot_product_attention(
+                queries, keys, values, dropout_p=dropout, is_causal=True, scale=scaling
             )
-        )
+            parts.append(attended)
+        else:
+            parts += _in_blocks(queries, keys, values, window, scaling, dropout)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -106,6 +104,28 @@ def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention of several documents in one row knows no {name}")
+
+
+def _in_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int | None, scaling: float | None, dropout: float
+) -> list[Tensor]:
+    """Attention where the last query sees the last key, and so on: the outputs of blocks of queries, in order.
+
+    A block is given the keys that it sees, and needs a mask for its own triangle alone: one mask for all queries would
+    make the kernel compute twice as much.
+    """
+    before = keys.shape[2] - queries.shape[2]
+    parts = []
+    for start in range(0, queries.shape[2], QUERY_BLOCK):
+        block = queries[:, :, start : start + QUERY_BLOCK]
+        end = before + start + block.shape[2]
+        first = 0 if window is None else max(0, before + start - window + 1)
+        seen, of_them = keys[:, :, first:end], values[:, :, first:end]
+        mask = _visible(block, seen, window)
+        parts.append(
+            scaled_dot_product_attention(block, seen, of_them, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        )
+    return parts
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

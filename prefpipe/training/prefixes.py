@@ -14,8 +14,8 @@ import torch
 from prefpipe.training.attention import Document
 from prefpipe.training.batches import Batch
 
-LEAST_SHARED = 16
-"""Tokens; a shorter common prefix is not worth a document of its own."""
+LEAST_SHARED, LEAST_SHARE = 16, 1 / 16
+"""Tokens, and share of a row: a shorter common prefix costs more, in attention with a mask, than it saves."""
 
 
 class Row(NamedTuple):
@@ -36,10 +36,10 @@ def shared_batches(rows: Sequence[Row], *, max_tokens: int) -> Iterator[tuple[li
     """
     # As big-endian bytes, token ids compare like the numbers they are.
     order = sorted(range(len(rows)), key=lambda i: (rows[i].ids.astype(">i4").tobytes(), rows[i].start))
-    waiting: list[list[int]] = []
+    waiting: list[list[tuple[int, int]]] = []
     tokens = 0
     for group in _groups(rows, order, max_tokens):
-        size = sum(len(rows[i].ids) - shared for i, shared in zip(*_shared(rows, group), strict=True))
+        size = _size(rows, group)
         if waiting and tokens + size > max_tokens:
             yield _batch(rows, waiting)
             waiting, tokens = [], 0
@@ -49,23 +49,38 @@ def shared_batches(rows: Sequence[Row], *, max_tokens: int) -> Iterator[tuple[li
         yield _batch(rows, waiting)
 
 
-def _groups(rows: Sequence[Row], order: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Neighbours in lexical order that share a prefix, no more of them than fit into a batch."""
+def _groups(rows: Sequence[Row], order: Sequence[int], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """Neighbours in lexical order that share a prefix, as `_shared` gives them, no more than fit into a batch."""
     group: list[int] = []
     tokens = 0
     for index in order:
         shared = common_prefix(rows[group[-1]].ids, rows[index].ids) if group else 0
         if group and (shared < LEAST_SHARED or tokens + len(rows[index].ids) - shared > max_tokens):
-            yield group
+            yield from _fitting(rows, group, max_tokens)
             group, tokens, shared = [], 0, 0
         group.append(index)
         tokens += len(rows[index].ids) - shared
     if group:
-        yield group
+        yield from _fitting(rows, group, max_tokens)
 
 
-def _shared(rows: Sequence[Row], group: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The group with its base first, the row of which the others share most, and how much each shares with that."""
+def _fitting(rows: Sequence[Row], group: Sequence[int], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """A group, halved until it fits: its rows share less with its base than with their neighbours."""
+    found = _shared(rows, group)
+    if len(group) == 1 or _size(rows, found) <= max_tokens:
+        yield found
+        return
+    half = len(group) // 2
+    yield from _fitting(rows, group[:half], max_tokens)
+    yield from _fitting(rows, group[half:], max_tokens)
+
+
+def _size(rows: Sequence[Row], group: Sequence[tuple[int, int]]) -> int:
+    return sum(len(rows[number].ids) - shared for number, shared in group)
+
+
+def _shared(rows: Sequence[Row], group: Sequence[int]) -> list[tuple[int, int]]:
+    """The group's rows, its base first, of which the others share most, and how many tokens each shares with that."""
     neighbours = [common_prefix(rows[a].ids, rows[b].ids) for a, b in pairwise(group)]
     # In lexical order, two rows have in common the least of what neighbours between them have.
     common = np.zeros((len(group), len(group)), dtype=np.int64)
@@ -73,10 +88,14 @@ def _shared(rows: Sequence[Row], group: Sequence[int]) -> tuple[list[int], list[
         common[a, a + 1 :] = np.minimum.accumulate(np.array(neighbours[a:], dtype=np.int64))
     common += common.T
     base = int(common.sum(1).argmax())
-    others = [number for number in range(len(group)) if number != base]
-    # A row keeps a token of its own: its last hidden state must be somewhere.
-    sizes = [min(int(common[base, number]), len(rows[group[number]].ids) - 1) for number in others]
-    return [group[base], *(group[number] for number in others)], [0, *sizes]
+    found = [(group[base], 0)]
+    for place, number in enumerate(group):
+        length, shared = len(rows[number].ids), int(common[base, place])
+        if place != base:
+            # A row keeps a token of its own: its last hidden state must be somewhere.
+            worth = shared >= max(LEAST_SHARED, LEAST_SHARE * length)
+            found.append((number, min(shared, length - 1) if worth else 0))
+    return found
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
@@ -86,22 +105,20 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _batch(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> tuple[list[int], Batch]:
+def _batch(rows: Sequence[Row], groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[list[int], Batch]:
     members: list[int] = []
     ids, places, states, ends = [], [], [], []
     documents: list[Document] = []
     end = 0
     for group in groups:
-        numbers, sizes = _shared(rows, group)
-        base, read = end, len(rows[numbers[0]].ids)
-        first = len(documents)
-        for number, shared in zip(numbers, sizes, strict=True):
+        base, read, first = end, rows[group[0][0]].start - 1, len(documents)
+        for number, shared in group:
             row = rows[number]
             own = len(row.ids) - shared
             # The hidden state of token t - 1 predicts token t.
             asked = np.arange(row.start - 1, len(row.ids) - 1)
             states.append(np.where(asked < shared, base + asked, end + asked - shared))
-            if row.start - 1 < shared or not shared:
+            if row.start - 1 < shared:
                 read = min(read, row.start - 1)
             documents.append(Document(end, end + own, base, shared, end + max(0, row.start - 1 - shared)))
             members.append(number)

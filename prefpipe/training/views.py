@@ -13,9 +13,9 @@ from prefpipe.training.batches import Batch, Fitted
 class Token(NamedTuple):
     """One token of an example.
 
-    role: "prompt", "chosen", "rejected", or "masked": behind the prompt, but not the assistant's (turns of the user, the
-    token that a decoder starts with). trained: the loss reads its log-probability; of a reward model, the reward at it.
-    cut: truncation left it out, so that no tensor holds it. place: in the flattened batch; None where it is in none.
+    role: "prompt", "chosen", "rejected", or "masked": behind the prompt, but not the assistant's (turns of the user,
+    the token that a decoder starts with). trained: the loss reads its log-probability; or of a reward model the reward
+    at it. cut: truncation left it out, so that no tensor holds it. place: in the flattened batch; None: in none.
     """
 
     id: int

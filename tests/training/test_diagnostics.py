@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefpipe.logps import PairLogps
-from prefpipe.losses import LossOutput
+from prefpipe.losses import DPO, SFT, LossOutput
 from prefpipe.training.diagnostics import ALARM_WINDOW, FallingChosen, Measured, metrics, speed
 
 
@@ -26,7 +26,7 @@ def measured() -> Measured:
 
 
 def test_means_over_the_global_batch():
-    found = metrics(measured(), 3, pairwise=True, with_reference=True)
+    found = metrics(measured(), 3, loss=DPO(), with_reference=True)
     assert found == pytest.approx(
         {
             "train/loss": 3.0,
@@ -45,7 +45,7 @@ def test_means_over_the_global_batch():
 
 
 def test_sft_says_loss_and_log_probability_alone():
-    assert set(metrics(measured(), 8, pairwise=False, with_reference=False)) == {"train/loss", "train/logps/chosen"}
+    assert set(metrics(measured(), 8, loss=SFT(), with_reference=False)) == {"train/loss", "train/logps/chosen"}
 
 
 def test_the_alarm_rings_once_and_only_for_a_lasting_fall(caplog):
