@@ -10,7 +10,7 @@ UV := UV_CACHE_DIR=.cache/uv $(BIN)/uv pip install --python $(BIN)/python $(addp
 WITH_SHARED_STATE := PREFPIPE_CACHE=$(CURDIR)/.cache/prefpipe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration soak bench check lint types smoke format lock
+.PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration test-vllm soak bench check lint types smoke format lock
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -40,7 +40,10 @@ test: smollm2 ## Every test that a CPU can run
 	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile -m 'not soak and not integration'
 
 test-integration: setup ## Tests that need system packages or an environment of their own
-	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak'
+	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak and not vllm'
+
+test-vllm: setup ## vLLM's own CPU build, installed into .cache by the tests: offline, killed, and as a server
+	$(WITH_SHARED_STATE) $(BIN)/pytest -m vllm
 
 soak: smollm2 ## The long repetitions
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m soak

@@ -26,7 +26,7 @@ from prefpipe.artifacts import Plan
 from prefpipe.generators import Skipped, request_seed
 from prefpipe.generators.hf import HF
 from prefpipe.generators.openai import OpenAI
-from prefpipe.generators.vllm import VLLM, _engines
+from prefpipe.generators.vllm import VLLM, _running
 from prefpipe.processes import ChildError
 from prefpipe.records import Completion, Prompt, ScoredCompletion, prompt_id
 from prefpipe.scorers.judge import Judge
@@ -36,7 +36,7 @@ from prefpipe.stages.generate import generate
 from prefpipe.stages.score import score
 from prefpipe.stages.shards import shard_folder, shard_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.vllm]
 
 TINY = ModelConfig(name="tiny", path="builtin:tiny")
 FOLDER = ROOT / "prefpipe" / "assets" / "tiny"
@@ -137,7 +137,7 @@ def test_an_engine_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(pyt
     settings = {"generator": generator, "model": TINY, "folder": FOLDER, "hardware": CPU, "seed": 0, "round_": 0}
     partial = artifacts.partial_path(shard_folder(out, 1, 2))
     sample(generator, rows[:1])  # the engine runs
-    leader = _engines[0].pids[0]
+    leader = _running[0].engines.pids[0]
 
     def kill() -> None:
         deadline = time.time() + 300
@@ -166,16 +166,17 @@ def test_an_engine_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(pyt
     assert {name: (made / name).read_bytes() for name in before} == before
     written = list(artifacts.read(made, Completion, key="k"))
     assert [(c.prompt_id, c.seed) for c in written] == [(i, request_seed(0, 0, i, n)) for i in mine for n in range(16)]
-    assert not _engines, "the stage gives the memory back"
+    assert not _running, "the stage gives the memory back"
 
 
-def test_the_calculator_on_two_engines_is_that_of_hf(python):
-    """Greedy, so that the texts are the same: with right results where the model alone gets some wrong."""
+def test_the_calculator_on_two_engines_is_that_of_hf(python, monkeypatch):
+    """Greedy, so that the texts are the same. With vLLM's core in the worker itself, as vLLM offers it too."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     rows = prompts(24)
     knobs = {"num_samples": 1, "temperature": 0.0, "max_new_tokens": 64, "calculator": True}
     generator = vllm(python, data_parallel_size=2, **knobs)
     theirs, ours = sample(generator, rows), sample(HF(**knobs), rows)
-    leaders = _engines[0].pids
+    leaders = _running[0].engines.pids
     assert len(leaders) == 2
     same = [pair for pair in zip(ours, theirs, strict=True) if pair[0].token_ids == pair[1].token_ids]
     assert len(same) >= 23

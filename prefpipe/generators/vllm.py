@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from prefpipe import models
 from prefpipe.annotations import FREE, Annotations, Writer
@@ -18,8 +18,28 @@ from prefpipe.records import Completion, Prompt
 from prefpipe.settings import HardwareConfig, ModelConfig
 from prefpipe.vllm_engine.client import Engines, EngineSettings
 
+if TYPE_CHECKING:
+    from prefpipe.prompts import ChatTemplate
+
 LEAST_TEMPERATURE = 0.01
 """vLLM takes this for anything between it and 0."""
+
+
+class Running(NamedTuple):
+    """Engines, the model that they serve, and what is read of it once for all parts. digest: of the weights."""
+
+    engines: Engines
+    model: ModelConfig
+    template: ChatTemplate
+    digest: str
+
+    def fits(self, settings: EngineSettings, model: ModelConfig) -> bool:
+        """Whether they serve these settings, and live."""
+        return self.engines.alive and (self.engines.settings, self.model) == (settings, model)
+
+
+_running: list[Running] = []
+"""One at most. Parts share it, and it outlives the copies that evaluation makes of a generator."""
 
 
 @register("generator")
@@ -77,11 +97,7 @@ class VLLM(Generator):
     ) -> Iterator[Completion | Skipped]:
         if not prompts:
             return
-        digest = models.weights_digest(folder)
-        template = models.load_template(model, folder)
-        if template.decoder_start is not None:
-            raise ConfigError(f"model={model.name}: vLLM samples from no encoder-decoder models; use generator=hf")
-        engines = _running(self._settings(folder, hardware))
+        engines, _, template, digest = self._start(model, folder, hardware)
         requests, skipped = self.requests(
             prompts, template, lambda tokens: engines.max_model_len - tokens, seed=seed, round_=round_
         )
@@ -117,7 +133,19 @@ class VLLM(Generator):
 
     def close(self) -> None:
         """End the engines; the memory of their GPUs is free when this returns."""
-        _end()
+        while _running:
+            _running.pop().engines.close()
+
+    def _start(self, model: ModelConfig, folder: Path, hardware: HardwareConfig) -> Running:
+        """Engines with these settings: those of the last call, where they fit and live."""
+        settings = self._settings(folder, hardware)
+        if not _running or not _running[0].fits(settings, model):
+            self.close()
+            template, digest = models.load_template(model, folder), models.weights_digest(folder)
+            if template.decoder_start is not None:
+                raise ConfigError(f"model={model.name}: vLLM samples from no encoder-decoder models; use generator=hf")
+            _running.append(Running(Engines(settings), model, template, digest))
+        return _running[0]
 
     def _settings(self, folder: Path, hardware: HardwareConfig) -> EngineSettings:
         arguments = {
@@ -164,19 +192,3 @@ def _notes(writer: Writer, ids: Sequence[int], logps: Sequence[float]) -> dict[s
             following = writer.push(token)
     notes = writer.meta(len(ids))
     return {**notes, "forced_logp": sum((sum(logps[start:end]) for start, end in notes["forced"]), 0.0)}
-
-
-_engines: list[Engines] = []
-"""Those that run, one at most: parts share it, and it outlives the copies that evaluation makes of a generator."""
-
-
-def _running(settings: EngineSettings) -> Engines:
-    if not _engines or _engines[0].settings != settings or not _engines[0].alive:
-        _end()
-        _engines.append(Engines(settings))
-    return _engines[0]
-
-
-def _end() -> None:
-    while _engines:
-        _engines.pop().close()

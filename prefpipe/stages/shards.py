@@ -126,7 +126,7 @@ class _Shard:
         while (
             self._next is not None and self._next.prompt_id == prompt.prompt_id and len(taken) != self.rows_per_prompt
         ):
-            if self.rows_per_prompt is None and self._next.completion_id in taken:
+            if self._next.completion_id in taken:  # of the same prompt's next turn, or doubled
                 break
             taken[self._next.completion_id] = self._next
             self._next = next(self._rows, None)

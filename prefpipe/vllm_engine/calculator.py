@@ -25,7 +25,7 @@ class Row:
         return self.following
 
 
-class Calculator(LogitsProcessor):  # type: ignore[misc]
+class Calculator(LogitsProcessor):  # type: ignore[misc] # vLLM is absent where types are checked  # type: ignore[misc]
     """See Generator.calculator; which tokens were forced follows from the tokens, so nothing is reported from here."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
