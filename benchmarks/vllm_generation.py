@@ -48,6 +48,7 @@ for line in sys.stdin:
     found = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
     rows = [{"text": c.text, "ids": list(c.token_ids), "logp": c.cumulative_logprob} for c in found]
     seconds = time.perf_counter() - started
+    llm.reset_prefix_cache()  # so that a repeat finds no prompts of the one before
     with open(job["out"], "w") as file:
         file.writelines(json.dumps(row) + "\\n" for row in rows)
     print("SECONDS", seconds, flush=True)

@@ -427,9 +427,20 @@ def test_version_is_prefpipes_own(prefpipe: Prefpipe) -> None:
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(prefpipe: Prefpipe) -> None:
     """The signal comes while the 1000 points of a sweep are checked, which takes a minute or more."""
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    result = prefpipe("-m", "stage=train", "seed=range(1000)")
+    ended = threading.Event()
+
+    def press() -> None:
+        """Once more after a while: Python drops an interrupt that falls into a destructor or a callback."""
+        seconds = 0.5
+        while not ended.wait(seconds):
+            os.kill(os.getpid(), signal.SIGINT)
+            seconds = 10.0
+
+    threading.Thread(target=press).start()
+    try:
+        result = prefpipe("-m", "stage=train", "seed=range(1000)")
+    finally:
+        ended.set()
     assert result == Result(130, "", "prefpipe: interrupted; the same command again resumes\n")
 
 
