@@ -96,14 +96,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     _failures.clear()
     try:
         _command(parse(sys.argv[1:] if argv is None else argv))
-    except (PrefpipeError, HydraException, OmegaConfBaseException) as error:
+    except BaseException as error:
+        if _was_interrupted(error):
+            print("prefpipe: interrupted; the same command again resumes", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        if not isinstance(error, PrefpipeError | HydraException | OmegaConfBaseException):
+            raise
         _print(error)
         sys.exit(_exit_code(error))
-    except KeyboardInterrupt:
-        print("prefpipe: interrupted; the same command again resumes", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     if _failures:
         sys.exit(_exit_code(_failures[0]))
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what it began with: in Hydra 1.3.8 an error of a `finally` can take its place."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def entry(cfg: DictConfig) -> None:

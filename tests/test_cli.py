@@ -444,6 +444,19 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(prefpipe: Prefpipe) -> None:
     assert result == Result(130, "", "prefpipe: interrupted; the same command again resumes\n")
 
 
+def test_ctrl_c_that_another_error_covers_is_still_ctrl_c(prefpipe: Prefpipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hydra does when the signal comes while it opens a file, whose handle it then closes without having one."""
+
+    def check(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("f")
+
+    monkeypatch.setattr(Checker, "check", check)
+    assert prefpipe("stage=train") == Result(130, "", "prefpipe: interrupted; the same command again resumes\n")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m prefpipe --cfg job | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True)
