@@ -22,6 +22,14 @@ class Progress(Protocol):
         """What to show beside the count, e.g. the loss."""
 
 
+class _Nothing:
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
 class _Lines:
     def __init__(self, what: str, unit: str, total: int, done: int) -> None:
         self.what, self.unit, self.total, self.done = what, unit, total, done
@@ -64,9 +72,14 @@ class _Bar:
 
 
 @contextmanager
-def progress(what: str, *, unit: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """Show how far `what` is, of `total` units, `done` of them from before."""
-    if sys.stderr.isatty():
+def progress(what: str, *, unit: str, total: int, done: int = 0, show: bool = True) -> Iterator[Progress]:
+    """Show how far `what` is, of `total` units, `done` of them from before.
+
+    show: false in all but one of several processes that do the same.
+    """
+    if not show:
+        yield _Nothing()
+    elif sys.stderr.isatty():
         shown = _Bar(what, unit, total, done)
         try:
             yield shown

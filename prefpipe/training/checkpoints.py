@@ -1,4 +1,7 @@
-"""Resumable training state: weights, optimizer, random numbers, position; safetensors and JSON, no pickle.
+"""Resumable training state: weights, optimizer, random numbers, position; safetensors and JSON.
+
+(DeepSpeed writes the parts of a sharded state itself, pickled; they are read only where their digests are still those
+that this run has noted.)
 
 A state is a folder `step-000010`, renamed into place once all of it is on disk; its `state.json` lists the digest of
 each file, so a damaged one is recognised and the one before is taken.
@@ -23,55 +26,69 @@ KEPT = 2
 """One state could be the damaged one."""
 
 
-def save(
-    folder: Path,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any],
-) -> None:
-    """Write the state after `step` optimizer steps, then drop all but the newest two.
+def aside(folder: Path, step: int) -> Path:
+    """Where the state after `step` optimizer steps is written, before it is renamed into place."""
+    return folder / f"{_name(step)}.tmp"
 
-    parameters: by name, those that training changes.
-    """
-    target = folder / f"step-{step:06d}"
-    aside = folder / f"{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def begin(folder: Path, step: int) -> None:
+    """Make an empty folder for a state."""
+    shutil.rmtree(aside(folder, step), ignore_errors=True)
+    aside(folder, step).mkdir(parents=True)
+
+
+def save_tensors(aside: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write parameters by name, and what an optimizer keeps of them."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in parameters.items()}
     save_file(tensors, aside / "model.safetensors")
-    save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-    save_file(_random_state(), aside / "random.safetensors")
+    if optimizer is not None:
+        save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+
+
+def load_tensors(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Go back to what `save_tensors` has written."""
+    saved = load_file(path / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    if optimizer is not None:
+        _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+
+
+def publish(folder: Path, step: int, extra: dict[str, Any]) -> None:
+    """Add the random state and the digests, rename the folder into place, then drop all but the newest two."""
+    written, target = aside(folder, step), folder / _name(step)
+    save_file(_random_state(), written / "random.safetensors")
     files = {}
-    for file in sorted(aside.iterdir()):
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-        files[file.name] = sha256_of(file)
-    write_json(aside / "state.json", {"step": step, "files": files, **extra})
+        files[str(file.relative_to(written))] = sha256_of(file)
+    write_json(written / "state.json", {"step": step, "files": files, **extra})
     shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    written.rename(target)
     fsync_folder(folder)
     for old in sorted(folder.glob("step-??????"))[:-KEPT]:
         shutil.rmtree(old)
 
 
-def load_newest(
-    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Restore the newest undamaged state; its state.json, or None when there is none."""
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged state with its state.json, or None when there is none."""
     for candidate in sorted(folder.glob("step-??????"), reverse=True):
         state = _checked(candidate)
-        if state is None:
-            log.warning("%s is damaged; taking the state before it", candidate)
-            continue
-        saved = load_file(candidate / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        _restore_optimizer(optimizer, load_file(candidate / "optimizer.safetensors"))
-        _restore_random(load_file(candidate / "random.safetensors"))
-        return state
+        if state is not None:
+            return candidate, state
+        log.warning("%s is damaged; taking the state before it", candidate)
     return None
+
+
+def load_random(path: Path) -> None:
+    """Go back to the random numbers of a state."""
+    _restore_random(load_file(path / "random.safetensors"))
 
 
 def _checked(candidate: Path) -> dict[str, Any] | None:

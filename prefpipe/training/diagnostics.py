@@ -49,6 +49,8 @@ class Measured(NamedTuple):
     @classmethod
     def of_step(cls, micro_batches: "list[Measured]") -> "Measured":
         """Those of a step together, on the CPU: the one transfer of the step."""
+        if not micro_batches:
+            return cls(*torch.empty(len(cls._fields), 0, dtype=torch.float64))
         return cls(*torch.cat([torch.stack(part) for part in micro_batches], dim=1).cpu())
 
 
@@ -113,8 +115,8 @@ class FallingChosen:
             )
 
 
-def speed(seconds: float, tokens: int, parameters: int, device: torch.device) -> dict[str, float]:
-    """Of one step: tokens as plain batching would compute them, floating-point operations for those, memory.
+def speed(seconds: float, tokens: int, parameters: int, device: torch.device, num_devices: int = 1) -> dict[str, float]:
+    """Of one step: tokens as plain batching would compute them, floating-point operations for those, this one's memory.
 
     mfu: model FLOPs utilization, 6 x parameters x tokens per second over what the device can do in bf16; on a known GPU
     only. Prefix sharing computes less than that, so that it may pass 1.
@@ -130,7 +132,7 @@ def speed(seconds: float, tokens: int, parameters: int, device: torch.device) ->
         name = torch.cuda.get_device_name(device)
         peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
         if peak:
-            row["mfu"] = round(flops / peak, 4)
+            row["mfu"] = round(flops / peak / num_devices, 4)
     return row
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from prefpipe.errors import ConfigError
@@ -43,7 +42,7 @@ class Frozen:
     def logits(self, hidden: Tensor) -> Tensor:
         """Of its head, [N, V]."""
         with self.off():
-            return Head.of(_unwrapped(self.model))(hidden)
+            return Head.of(unwrapped(self.model))(hidden)
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,12 @@ class Engine:
         hidden = self._hidden(model, batch)
         with torch.autocast(self.device.type, enabled=False):
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            found: Tensor = _unwrapped(model).score(wide)[:, 0]  # type: ignore[operator]
+            found: Tensor = unwrapped(model).score(wide)[:, 0]  # type: ignore[operator]
         return found
 
     def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """[N, H] hidden states that predict the targets; with own_logits [N, V] logits."""
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         if batch.encoder_ids is not None:
             return self._decoded(inner, batch)
         documents = {} if batch.documents is None else {"documents": batch.documents}
@@ -153,7 +152,7 @@ class Engine:
         return token_logps(self._head(model), hidden, batch.targets, mode=mode, collision=collision)
 
     def _head(self, model: nn.Module) -> Head:
-        return Head(nn.Identity()) if self.own_logits else Head.of(_unwrapped(model))
+        return Head(nn.Identity()) if self.own_logits else Head.of(unwrapped(model))
 
     @torch.no_grad()
     def each_token(self, model: nn.Module, batch: Batch) -> list[np.ndarray]:
@@ -257,13 +256,12 @@ def _sides(both: Tensor) -> list[tuple[str, Tensor]]:
     return [("chosen", chosen), ("rejected", rejected)]
 
 
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside what accelerate or peft put around it."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()  # type: ignore[operator]
-    assert isinstance(inner, PreTrainedModel)
-    return inner
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside what peft put around it."""
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 NOISE = re.compile(r"drop|jitter")

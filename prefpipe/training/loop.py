@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import orjson
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,13 +25,14 @@ from prefpipe.progress import progress
 from prefpipe.records import Demonstration, Pair
 from prefpipe.reward_models import new_reward_model
 from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
-from prefpipe.training import adapters, checkpoints, rewards
+from prefpipe.training import adapters, rewards
 from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
 from prefpipe.training.diagnostics import FallingChosen, Measured, metrics, speed
 from prefpipe.training.engine import Engine, Frozen, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
+from prefpipe.training.parallel import Parallel, connect
 from prefpipe.training.reference import (
     FixedReference,
     OnlineReference,
@@ -49,8 +49,6 @@ from prefpipe.training.selection import select
 
 log = logging.getLogger(__name__)
 
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -58,7 +56,7 @@ class Job:
 
     pairs: or demonstrations, for SFT; held-out ones are left out here, whatever was done before.
     policy, reference: folders of weights. work: where the checkpoint is written; a killed run's states lie there.
-    reference_logps: a file of sums that stands in for the reference.
+    reference_logps: a file of sums that stands in for the reference. world_size: how many processes run this job.
     """
 
     pairs: Iterable[Pair | Demonstration]
@@ -73,18 +71,19 @@ class Job:
     cache: Path
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     reference_logps: Path | None = None
+    world_size: int = 1
 
 
 def train(job: Job) -> None:
     """Train job.policy with job.loss on job.pairs and save it, its tokenizer and metrics.jsonl into job.work.
 
-    Raises DataError on a loss that is not finite, naming the rows.
+    Every process of the job runs this; the first one writes. Raises DataError on a loss that is not finite, naming the
+    rows.
     """
     training, loss, work = job.training, job.loss, job.work
     torch.manual_seed(job.seed)
     device = models.device_of(job.hardware)
-    precision = models.precision_of(job.hardware, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=MIXED_PRECISION[precision])
+    parallel = connect(job.hardware, training, device, world_size=job.world_size)
 
     template = models.load_template(job.model, job.policy, rewards=loss.of_rewards)
     names = PairNames()
@@ -97,65 +96,72 @@ def train(job: Job) -> None:
         examples[i]._replace(weight=weight) for i, weight in zip(selected.indices, selected.weights, strict=True)
     ]
     counts += selected.counts
-    write_json(work / "data_counts.json", dict(counts))
+    if parallel.is_first:
+        write_json(work / "data_counts.json", dict(counts))
     num_steps, num_drawn = run_length(len(examples), training)
     log.info("%s, %d steps, %d examples %s", loss.describe(), num_steps, len(examples), dict(counts))
-    log.info("training %s on %s in %s", job.policy, device, precision)
+    data = hashlib.sha256(b"".join(key for e in examples for key in e.keys)).hexdigest()
+    config = repr((loss, training, job.selection, job.model, job.seed, job.policy, job.reference))
+    parallel.refuse_differences({"data": data, "config": hashlib.sha256(config.encode()).hexdigest()})
+    log.info("training %s on %s in %s, %d processes", job.policy, device, parallel.precision, parallel.world_size)
 
     policy = _load(job, job.policy, device)
     own_attention = str(policy.config._attn_implementation)
     engine = rewards.engine_for(loss, training, policy, examples, device=device)
-    engine = engine.with_fastest_attention(policy, models.dtype_of(precision))
+    engine = engine.with_fastest_attention(policy, models.dtype_of(parallel.precision))
     log.info("forward pass: batching %s, head %s, %s", engine.batching, engine.head, policy.config._attn_implementation)
+    parallel.placed(policy)
     with_gradients = with_adapter(policy, job.model)
-    reference = _reference(job, names, with_gradients, examples, engine, accelerator) if loss.needs_reference else None
-    if isinstance(reference, FixedReference):
+    reference = _reference(job, names, with_gradients, examples, engine, parallel) if loss.needs_reference else None
+    if isinstance(reference, FixedReference) and parallel.is_first:
         to_csv(work / "reference_logps.csv", reference, names, examples)
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with_gradients.train()
     trained = {name: p for name, p in with_gradients.named_parameters() if p.requires_grad}
-    optimizer = OPTIMIZERS[training.optimizer](trained.values(), training)
-    model, optimizer = accelerator.prepare(with_gradients, optimizer)
-
-    frozen_model = in_memory(reference)
-    moving = reference.moving() if isinstance(reference, OnlineReference) else {}
-    data = hashlib.sha256(b"".join(key for e in examples for key in e.keys)).hexdigest()
-    first_step = _resume(work, trained | moving, optimizer, accelerator, data=data)
-    ranks = [example.rank for example in examples]
-    order = islice(data_order(len(examples), num_drawn, job.seed, ranks), first_step * training.global_batch_size, None)
     # That a token passes: one of the two stacks of an encoder-decoder, which are about as large.
     num_parameters = sum(p.numel() for p in policy.parameters()) // (2 if policy.config.is_encoder_decoder else 1)
+    moving = reference.moving() if isinstance(reference, OnlineReference) else {}
+    parallel.prepare(with_gradients, trained, OPTIMIZERS[training.optimizer](trained.values(), training), moving)
+
+    frozen_model = in_memory(reference)
+
+    def one_pass(model: nn.Module, micro: list[int], divisor: int, measured: list[Measured]) -> torch.Tensor:
+        """The part of the step's loss that a micro-batch gives; of an empty one 0, after the same work."""
+        indices = micro or [0]
+        batch = [examples[i] for i in indices]
+        frozen = None if reference is None else reference.logps(indices, loss.reads)
+        logps = rewards.measure(engine, model, batch, loss, frozen_model)
+        out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
+        if job.selection.apply == "loss":
+            out = out._replace(loss=out.loss * out.loss.new_tensor([example.weight for example in batch]))
+        if not micro:
+            return out.loss.sum() * 0.0
+        measured.append(Measured.of(out, logps, frozen))
+        return out.loss.sum() / divisor
+
+    first_step = _resume(work, parallel, data=data)
+    ranks = [example.rank for example in examples]
+    order = islice(data_order(len(examples), num_drawn, job.seed, ranks), first_step * training.global_batch_size, None)
     falling = FallingChosen()
-    metrics_file = (work / "metrics.jsonl").open("ab")
-    timing_file = (work / "timing.jsonl").open("ab")
-    with progress("train", unit="step", total=num_steps, done=first_step) as shown:
+    metrics_file, timing_file = (_log_file(work / name, parallel) for name in ("metrics.jsonl", "timing.jsonl"))
+    with progress("train", unit="step", total=num_steps, done=first_step, show=parallel.is_first) as shown:
         for step in range(first_step, num_steps):
             started = time.perf_counter()
             indices = list(islice(order, training.global_batch_size))
             # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
             divisor = len(indices) if loss.pairwise else sum(examples[i].num_trained for i in indices)
-            rows: list[int] = []
             measured: list[Measured] = []
-            for micro in micro_batches(examples, indices, training):
-                batch = [examples[i] for i in micro]
-                with accelerator.autocast():
-                    frozen = None if reference is None else reference.logps(micro, loss.reads)
-                    logps = rewards.measure(engine, model, batch, loss, frozen_model)
-                out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
-                if job.selection.apply == "loss":
-                    out = out._replace(loss=out.loss * out.loss.new_tensor([example.weight for example in batch]))
-                accelerator.backward(out.loss.sum() / divisor)
-                rows += [examples[i].row for i in micro]
-                measured.append(Measured.of(out, logps, frozen))
-            values = Measured.of_step(measured)
-            _refuse_non_finite(values.loss, rows, step)
-            grad_norm = accelerator.clip_grad_norm_(trained.values(), training.max_grad_norm)
+            mine = parallel.share(micro_batches(examples, indices, training))
+            for number, micro in enumerate(mine, 1):
+                part = partial(one_pass, micro=micro, divisor=divisor, measured=measured)
+                parallel.backward(part, last=number == len(mine))
+            rows = [examples[i].row for micro in mine for i in micro]
+            everyone = parallel.all_of((Measured.of_step(measured), rows))
+            values = Measured.of_step([values for values, _ in everyone])
+            _refuse_non_finite(values.loss, [row for _, rows in everyone for row in rows], step)
             rate = learning_rate(step, num_steps, training)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            grad_norm = parallel.step(rate)
             if reference is not None:
                 reference.follow(step + 1)
 
@@ -167,21 +173,26 @@ def train(job: Job) -> None:
             metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             metrics_file.flush()
             tokens = sum(examples[i].tokens(pairwise=loss.pairwise) for i in indices)
-            timing = {"step": step + 1} | speed(time.perf_counter() - started, tokens, num_parameters, device)
+            seconds = time.perf_counter() - started
+            timing = {"step": step + 1} | speed(seconds, tokens, num_parameters, device, parallel.world_size)
             timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
             shown.note(f"loss {row['train/loss']:.4f}")
             shown.update()
             if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
-                os.fsync(metrics_file.fileno())
-                extra = {"metrics_bytes": metrics_file.tell(), "data": data}
-                _save_state(work, step + 1, trained | moving, optimizer, accelerator, extra)
+                _save_state(work, step + 1, parallel, metrics_file, data)
 
     metrics_file.close()
     timing_file.close()
-    policy = adapters.save(with_gradients, work)
-    set_attention(policy, own_attention)
-    models.save_weights(policy, work, like=job.policy, padding=template.tokenizer.pad_token_id)
-    template.tokenizer.save_pretrained(work)
+    whole = parallel.whole()
+    if parallel.is_first:
+        if whole is not None:  # this process has but a part of them
+            with_gradients = with_adapter(_load(job, job.policy, torch.device("cpu")), job.model)
+            with_gradients.load_state_dict(whole, strict=False)
+        policy = adapters.save(with_gradients, work)
+        set_attention(policy, own_attention)
+        models.save_weights(policy, work, like=job.policy, padding=template.tokenizer.pad_token_id)
+        template.tokenizer.save_pretrained(work)
+    parallel.wait()
 
 
 def run_length(num_examples: int, training: TrainingConfig) -> tuple[int, int]:
@@ -197,13 +208,14 @@ def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
     if job.loss.of_rewards:
         model = new_reward_model(job.model, folder, seed=job.seed, device=device)
     else:
-        model = models.load_weights(job.model, folder, dtype=torch.float32, device=device)
+        four_bit = job.model.adapter == "qlora"
+        model = models.load_weights(job.model, folder, dtype=torch.float32, device=device, four_bit=four_bit)
     without_dropout(model)
     return model
 
 
 def _reference(
-    job: Job, names: PairNames, policy: nn.Module, examples: list[Example], engine: Engine, accelerator: Accelerator
+    job: Job, names: PairNames, policy: nn.Module, examples: list[Example], engine: Engine, parallel: Parallel
 ) -> Reference:
     """Where it is the policy itself, an adapter is switched off; a full policy has not moved yet when it is asked."""
     training = job.training
@@ -225,16 +237,18 @@ def _reference(
     else:
         second = _load(job, job.reference, engine.device)
         engine.prepare(second)
+        parallel.placed(second)
         frozen = Frozen(second.requires_grad_(False).eval())
         following = whole_model(second, policy) if moving else {}
     if online:
         alpha, every = training.reference_alpha or 0.0, training.reference_steps or 1
         return OnlineReference(frozen, examples, engine, following=following, alpha=alpha, every=every)
-    precision = models.precision_of(job.hardware, engine.device)
     cache = ReferenceCache(
-        job.cache / "reference_logps", weights=models.weights_digest(job.reference), precision=precision
+        job.cache / "reference_logps",
+        weights=models.reference_digest(job.model, job.reference),
+        precision=parallel.precision,
     )
-    with accelerator.autocast(), frozen.off():
+    with parallel.autocast(), frozen.off():
         values = cached_values(
             frozen.model.eval(),
             examples,
@@ -242,6 +256,7 @@ def _reference(
             cache=cache,
             training=training,
             snapshot=job.work / "reference_logps.safetensors",
+            parallel=parallel,
         )
     return FixedReference.of_values(values, engine.device)
 
@@ -266,37 +281,29 @@ def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
         )
 
 
-def _save_state(
-    work: Path,
-    step: int,
-    parameters: dict[str, nn.Parameter],
-    optimizer: Any,
-    accelerator: Accelerator,
-    extra: dict[str, Any],
-) -> None:
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    checkpoints.save(work / "state", step, parameters, optimizer, {"scaler": scaler, **extra})
+def _log_file(file: Path, parallel: Parallel) -> IO[bytes]:
+    return (file if parallel.is_first else Path(os.devnull)).open("ab")
 
 
-def _resume(
-    work: Path, parameters: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator, *, data: str
-) -> int:
+def _save_state(work: Path, step: int, parallel: Parallel, metrics_file: IO[bytes], data: str) -> None:
+    if parallel.is_first:
+        os.fsync(metrics_file.fileno())
+    parallel.save(work / "state", step, {"metrics_bytes": metrics_file.tell(), "data": data})
+
+
+def _resume(work: Path, parallel: Parallel, *, data: str) -> int:
     """Restore the newest state; how many steps are done. The logs are cut back to that step."""
-    state = checkpoints.load_newest(work / "state", parameters, optimizer)
-    metrics_file, done = work / "metrics.jsonl", 0
-    if state is None:
-        metrics_file.unlink(missing_ok=True)
-    else:
-        if state["data"] != data:
-            raise DataError(
-                f"{work / 'state'} is of other data: the pairs, the template or their truncation have changed since; "
-                f"use overwrite=true, or another exp_name"
-            )
-        done = int(state["step"])
-        with metrics_file.open("r+b") as file:
-            file.truncate(state["metrics_bytes"])
-        if state["scaler"] and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    state = parallel.load(work / "state")
+    if state is not None and state["data"] != data:
+        raise DataError(
+            f"{work / 'state'} is of other data: the pairs, the template or their truncation have changed since; "
+            f"use overwrite=true, or another exp_name"
+        )
+    done = 0 if state is None else int(state["step"])
+    if parallel.is_first:
+        (work / "timing.jsonl").unlink(missing_ok=True)
+        with (work / "metrics.jsonl").open("ab") as file:
+            file.truncate(state["metrics_bytes"] if state else 0)
+    if done:
         log.info("going on after step %d", done)
-    (work / "timing.jsonl").unlink(missing_ok=True)
     return done

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from prefpipe.records import Split
 from prefpipe.settings import TrainingConfig
 from prefpipe.training.batches import Example, collate, micro_batches
 from prefpipe.training.engine import Engine, Frozen
+from prefpipe.training.parallel import Parallel
 from prefpipe.training.reference_cache import ReferenceCache
 from prefpipe.training.reference_csv import PairNames, PairSums, match_sums, read_csv, write_csv
 from prefpipe.training.reference_parts import Logps
@@ -158,25 +160,33 @@ def cached_values(
     cache: ReferenceCache,
     training: TrainingConfig,
     snapshot: Path,
+    parallel: Parallel,
 ) -> list[Logps]:
     """Values for FixedReference, out of the snapshot, out of the cache, or computed now.
 
     snapshot: the values that this run uses, in its own work folder: what other runs add to the cache meanwhile differs
     in its last digits, and a resumed run must go on with the very same numbers.
+    Each process of the run computes a part; the first one holds the lock, and writes the snapshot.
     """
     lengths = [len(side) for e in examples for side in (e.chosen, e.rejected)]
-    if not snapshot.is_file():
+    if not parallel.all_of(snapshot.is_file())[0]:
         keys = [key for e in examples for key in e.keys]
-        with cache.lock():
-            values = _filled(model, examples, engine, cache=cache, keys=keys, lengths=lengths, training=training)
-        aside = snapshot.with_suffix(".tmp")
-        save_file({"logps": np.concatenate(values), "lengths": np.array(lengths)}, aside)
-        aside.rename(snapshot)
+        with cache.lock() if parallel.is_first else nullcontext():
+            parallel.wait()
+            _fill(model, examples, engine, cache=cache, keys=keys, lengths=lengths, training=training, among=parallel)
+            parallel.wait()
+        if parallel.is_first:
+            values = [value for value in cache.get(keys, lengths) if value is not None]
+            assert len(values) == len(keys)
+            aside = snapshot.with_suffix(".tmp")
+            save_file({"logps": np.concatenate(values), "lengths": np.array(lengths)}, aside)
+            aside.rename(snapshot)
+        parallel.wait()
     saved = load_file(snapshot)
     return np.split(saved["logps"], np.cumsum(saved["lengths"])[:-1])
 
 
-def _filled(
+def _fill(
     model: nn.Module,
     examples: Sequence[Example],
     engine: Engine,
@@ -185,12 +195,15 @@ def _filled(
     keys: Sequence[bytes],
     lengths: Sequence[int],
     training: TrainingConfig,
-) -> list[Logps]:
+    among: Parallel,
+) -> None:
     known = [value is not None for value in cache.get(keys, lengths)]
     chunks = micro_batches(examples, range(len(examples)), training)
     wanted = [chunk for chunk in chunks if not all(known[2 * i] and known[2 * i + 1] for i in chunk)]
+    among.wait()  # all have to see the same as known, to agree on who does what
+    wanted = wanted[among.rank :: among.world_size]
     log.info("reference: %d of %d completions are in the cache", sum(known), len(known))
-    with progress("reference", unit="batch", total=len(wanted)) as shown:
+    with progress("reference", unit="batch", total=len(wanted), show=among.is_first) as shown:
         for start in range(0, len(wanted), BLOCK):
             found: dict[bytes, Logps] = {}
             for chunk in wanted[start : start + BLOCK]:
@@ -199,6 +212,3 @@ def _filled(
                 found |= zip((keys[side] for side in sides), engine.each_token(model, batch), strict=True)
                 shown.update()
             cache.add(list(found), list(found.values()))
-    values = cache.get(keys, lengths)
-    assert all(value is not None for value in values)
-    return [value for value in values if value is not None]
