@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 BRACKETS = re.compile(r"\[\[([^\[\]]*)\]\]")
 NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+ITEM = re.compile(r"(?:[-*•]|[0-9]{1,4}[.)])\s+(\S.*)")
 
 
 class Unclear(NamedTuple):
@@ -46,9 +47,53 @@ def ratings(text: str, count: int, low: float, high: float) -> list[float | Uncl
     return [rating("".join(f"[[{value}]]" for value in values), low, high) for values in given]
 
 
+def numbers(text: str, count: int) -> list[int] | Unclear:
+    """`[[2]]` or `[[1, 4]]`, some of the numbers 1 to count, read in ascending order; `[[none]]` is the empty list."""
+    found = _only(_number_list(word) for word in _words(text))
+    if isinstance(found, Unclear):
+        return found
+    if found == "none":
+        return []
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", found):
+        return Unclear("bad_verdict")
+    places = [int(number) for number in found.split(",")]
+    return places if places[0] >= 1 and places[-1] <= count else Unclear("bad_verdict")
+
+
+def items(text: str) -> list[str] | Unclear:
+    """The different items of a list, one a line behind `- `, `* ` or `1. `; or `[[none]]`, which is the empty list.
+
+    Before the list there may be other lines, in it and behind it there are none.
+    """
+    lines = [line.strip() for line in _answer(text).splitlines() if line.strip()]
+    matches = [ITEM.fullmatch(line) for line in lines]
+    first = next((place for place, match in enumerate(matches) if match), len(lines))
+    found = [match[1] for match in matches[first:] if match]
+    none = any(word.casefold() == "none" for word in _words(text))
+    if found and none:
+        return Unclear("two_verdicts")
+    if len(found) < len(lines) - first:
+        return Unclear("bad_verdict")
+    return list(dict.fromkeys(found)) if found or none else Unclear("no_verdict")
+
+
+def _number_list(word: str) -> str:
+    """1,4 and 4, 1 are one verdict."""
+    if word.casefold() == "none":
+        return "none"
+    parts = [part.strip() for part in word.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
+        return word
+    return ",".join(map(str, sorted({int(part) for part in parts})))
+
+
 def _words(text: str) -> list[str]:
     """What stands in double brackets, after the judge's thoughts where the server leaves those in the text."""
-    return [word.strip() for word in BRACKETS.findall(text.rpartition("</think>")[2])]
+    return [word.strip() for word in BRACKETS.findall(_answer(text))]
+
+
+def _answer(text: str) -> str:
+    return text.rpartition("</think>")[2]
 
 
 def _numbers(word: str) -> str:

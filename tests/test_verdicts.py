@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefpipe.verdicts import Unclear, choice, rating, ratings
+from prefpipe.verdicts import Unclear, choice, items, numbers, rating, ratings
 
 NONE, TWO, BAD = Unclear("no_verdict"), Unclear("two_verdicts"), Unclear("bad_verdict")
 
@@ -70,6 +70,49 @@ def test_ratings_belong_to_numbers(text, expected):
     assert ratings(text, 3, 1, 10) == expected
 
 
-def test_a_long_text_of_brackets_is_read_at_once():
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[2]]", [2]),
+        ("supported: [[4, 1,4]]", [1, 4]),
+        ("[[1, 4]], that is [[4,1]]", [1, 4]),
+        ("[[None]]", []),
+        ("[[none]] but perhaps [[2]]", TWO),
+        ("2, 4", NONE),
+        ("[[0, 2]]", BAD),
+        ("[[5]]", BAD),
+        ("[[1-3]]", BAD),
+        ("[[1,]]", BAD),
+        ("[[supported]]", BAD),
+        ("<think>[[2]]</think> [[none]]", []),
+    ],
+)
+def test_numbers_are_a_set_none_or_unclear(text, expected):
+    assert numbers(text, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- one thing\n- another [2]\n", ["one thing", "another [2]"]),
+        ("The claims:\n\n 1. one\n 2) two\n\n* one", ["one", "two"]),
+        ("[[none]]", []),
+        ("There is no claim: [[None]].", []),
+        ("<think>- one</think>\n- two", ["two"]),
+        ("- one\n[[none]]", TWO),
+        ("- one\nwhich goes on here", BAD),
+        ("- one\n\nNote: that was all.", BAD),
+        ("one\ntwo", NONE),
+        ("-one", NONE),
+        ("- ", NONE),
+        ("", NONE),
+    ],
+)
+def test_items_are_lines_none_or_unclear(text, expected):
+    assert items(text) == expected
+
+
+def test_a_long_text_of_brackets_or_blanks_is_read_at_once():
     assert rating("[[" * 500_000, 1, 10) == NONE
     assert rating("[[a" * 500_000, 1, 10) == NONE
+    assert items("-" + " " * 500_000 + "\n" + " " * 500_000) == NONE

@@ -1,23 +1,19 @@
 """How much a statement depends on the sentences that it cites."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from prefpipe.citations import CITE, Range, cited
 from prefpipe.components import register
-from prefpipe.errors import ConfigError, DataError
+from prefpipe.documents import TAG, merged_ranges, sentence_spans
+from prefpipe.errors import ConfigError
 from prefpipe.records import Completion, Message
 from prefpipe.scorers import Missing, Score, Scorer, ScoringContext, local_model, model_identity
 from prefpipe.settings import ModelConfig, check_choice
 
-TAG = re.compile(r"<C(\d+)>")
 END_OF_STATEMENT = "</statement>"
-MOST_RANGES = 3
-"""Of one statement; further ones are ignored, as SelfCite does."""
 TOO_LONG_PENALTY = 1000.0
 """Nats; SelfCite's, far below any other reward."""
 
@@ -121,30 +117,12 @@ class ContextAblation(Scorer):
 
     def _plan(self, completion: Completion) -> tuple[list[Range], list[_Statement]]:
         """The sentences of the prompt, and the statements to be scored."""
-        spans = self._spans(completion)
+        spans = sentence_spans(completion, self.document_end)
         statements = _statements(completion.text, len(spans))
         only = completion.meta.get("statement")
         if only is not None:
             statements = statements[only : only + 1]
         return spans, [statement for statement in statements if statement.sentences]
-
-    def _spans(self, completion: Completion) -> list[Range]:
-        text = completion.messages[-1]["content"]
-        given = completion.meta.get("sentence_spans")
-        if given is None:
-            return tagged_spans(text, self.document_end)
-        spans = [(int(start), int(end)) for start, end in given]
-        if any(a > b for a, b in spans) or any(b > c for (_, b), (c, _) in pairwise(spans)):
-            raise DataError(
-                f"completion {completion.completion_id} has meta.sentence_spans that overlap or run backwards; they "
-                f"must be [[start, end], ...] in the order of the text"
-            )
-        if spans and not 0 <= spans[0][0] <= spans[-1][1] <= len(text):
-            raise DataError(
-                f"completion {completion.completion_id} has meta.sentence_spans up to {spans[-1][1]}, and its last "
-                f"turn has {len(text)} characters; they must count characters of that turn"
-            )
-        return spans
 
     def _penalty(self, completion: Completion, spans: Sequence[Range], statement: _Statement, tokenizer: Any) -> float:
         if self.max_cited_tokens is None or len(statement.sentences) < 2:
@@ -156,18 +134,6 @@ class ContextAblation(Scorer):
 
     def _model(self, context: ScoringContext) -> tuple[ModelConfig, Path]:
         return local_model(context, self.path, revision=self.revision, chat_template=self.chat_template)
-
-
-def tagged_spans(text: str, document_end: str) -> list[Range]:
-    """Where the sentences behind <C0>, <C1>, … stand, tags included; none without the mark of the document's end."""
-    starts: list[int] = []
-    for tag in TAG.finditer(text):
-        if int(tag[1]) == len(starts):
-            starts.append(tag.start())
-    end = text.find(document_end, starts[-1]) if starts else -1
-    if end < 0:
-        return []
-    return list(zip(starts, [*starts[1:], len(text[:end].rstrip())], strict=True))
 
 
 def _statements(answer: str, num_sentences: int) -> list[_Statement]:
@@ -182,16 +148,8 @@ def _statements(answer: str, num_sentences: int) -> list[_Statement]:
 
 
 def _sentences(ranges: Sequence[Range], num_sentences: int) -> list[int]:
-    merged: list[Range] = []
-    for start, end in ranges:
-        if start >= num_sentences:
-            continue
-        end = min(end, num_sentences - 1)
-        if merged and start == merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return sorted({number for start, end in merged[:MOST_RANGES] for number in range(start, end + 1)})
+    merged = merged_ranges(ranges, num_sentences)
+    return sorted({number for start, end in merged for number in range(start, end + 1)})
 
 
 def _kept(kind: str, statement: _Statement, spans: Sequence[Range]) -> set[int]:

@@ -1,30 +1,23 @@
 """A language model's verdicts as scores, asked of an OpenAI-compatible server."""
 
-from __future__ import annotations
-
-import hashlib
 import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from prefpipe import verdicts
+from prefpipe import judging, verdicts
 from prefpipe.api import ApiConfig
 from prefpipe.components import register
 from prefpipe.errors import ConfigError
 from prefpipe.files import sha256_of
+from prefpipe.judging import TEMPLATES, Template
 from prefpipe.records import Completion, Message
 from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 from prefpipe.settings import check_choice
 from prefpipe.verdicts import Unclear
-
-if TYPE_CHECKING:
-    from prefpipe.api.client import Outcome
-
-TEMPLATES = Path(__file__).parents[1] / "assets" / "judge"
 
 
 class Call(NamedTuple):
@@ -151,29 +144,30 @@ class Judge(Scorer):
         text = row.answer if self.baseline == "answer" else row.meta.get(self.baseline.removeprefix("meta."))
         return text if isinstance(text, str) else None
 
-    def _ask(self, calls: Sequence[Call], seed: int) -> list[Outcome]:
+    def _ask(self, calls: Sequence[Call], seed: int) -> list[str | Missing]:
         if not calls:
             return []
-        from prefpipe.api.client import Client
+        template = Template(self._template_file())
+        return judging.ask(
+            [self._question(template, call) for call in calls],
+            self.api,
+            component=f"scorer={self.name}",
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=seed,
+        )
 
-        template = _Template(self._template_file())
-        with Client(self.api, component=f"scorer={self.name}") as client:
-            bodies = [
-                client.body(
-                    template.messages(
-                        call.texts,
-                        call.completion.messages,
-                        call.completion.answer if self.show_reference else None,
-                        low=f"{self.min_score:g}",
-                        high=f"{self.max_score:g}",
-                    ),
-                    max_new_tokens=self.max_new_tokens,
-                    temperature=self.temperature,
-                    seed=seed if self.temperature > 0 else None,
-                )
-                for call in calls
-            ]
-            return client.complete(bodies)
+    def _question(self, template: Template, call: Call) -> list[Message]:
+        conversation = call.completion.messages
+        reference = call.completion.answer if self.show_reference else None
+        return template.messages(
+            [*call.texts, reference or "", *(message["content"] for message in conversation)],
+            completions=list(call.texts),
+            messages=conversation,
+            reference=reference,
+            low=f"{self.min_score:g}",
+            high=f"{self.max_score:g}",
+        )
 
     def _template_file(self) -> Path:
         if self.template is None:
@@ -185,16 +179,15 @@ class Judge(Scorer):
 
     # ------------------------------------------------------------------------------------------------ reading
 
-    def _ratings(self, group: Sequence[Completion], answer: Outcome, seed: int) -> list[Score | Missing]:
-        text = _verdict_text(answer)
-        if isinstance(text, Missing):
-            return [text] * len(group)
-        found = verdicts.ratings(text, len(group), self.min_score, self.max_score)
+    def _ratings(self, group: Sequence[Completion], answer: str | Missing, seed: int) -> list[Score | Missing]:
+        if isinstance(answer, Missing):
+            return [answer] * len(group)
+        found = verdicts.ratings(answer, len(group), self.min_score, self.max_score)
         by_place = dict(zip(_order(group, seed), found, strict=True))
         return [_score(by_place[place]) for place in range(len(group))]
 
     def _win_shares(
-        self, group: Sequence[Completion], answers: Sequence[Outcome], counts: Counter[str]
+        self, group: Sequence[Completion], answers: Sequence[str | Missing], counts: Counter[str]
     ) -> list[Score | Missing]:
         shares: list[list[float]] = [[] for _ in group]
         reasons: list[list[str]] = [[] for _ in group]
@@ -222,61 +215,6 @@ class Judge(Scorer):
         return self.show_reference and group[0].answer is None
 
 
-class _Template:
-    """Renders questions. Texts are values, never template code; the marks around them hold a tag that no text holds."""
-
-    def __init__(self, path: Path) -> None:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        self.path = path
-        self.errors = jinja2.TemplateError
-        environment = ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-        )
-        try:
-            self.template = environment.from_string(path.read_text(encoding="utf-8"))
-        except (self.errors, UnicodeDecodeError) as error:
-            raise ConfigError(f"scorer.template={path}: {error}") from None
-        if "user" not in self.template.blocks:
-            raise ConfigError(f"scorer.template={path} has no block `user`; see {TEMPLATES / 'single.jinja'}")
-
-    def messages(
-        self, texts: Sequence[str], conversation: Sequence[Message], reference: str | None, *, low: str, high: str
-    ) -> list[Message]:
-        """The system message, if the template has one, and the user message."""
-        held = [*texts, reference or "", *(message["content"] for message in conversation)]
-        values = {
-            "completions": list(texts),
-            "messages": list(conversation),
-            "reference": reference,
-            "low": low,
-            "high": high,
-            "tag": _tag(held),
-        }
-        try:
-            context = self.template.new_context(values)
-            return [
-                Message(role=role, content="".join(self.template.blocks[role](context)).strip())
-                for role in ("system", "user")
-                if role in self.template.blocks
-            ]
-        except self.errors as error:
-            raise ConfigError(f"scorer.template={self.path}: {error}") from None
-
-
-def _tag(texts: Sequence[str]) -> str:
-    """8 hex digits that occur in none of the texts, so that none can forge the mark that ends it; always the same."""
-    for attempt in itertools.count():
-        seen = hashlib.sha256(str(attempt).encode())
-        for text in texts:
-            seen.update(hashlib.sha256(text.encode()).digest())
-        tag = seen.hexdigest()[:8]
-        if not any(tag in text for text in texts):
-            return tag
-    raise AssertionError
-
-
 def _order(group: Sequence[Completion], seed: int) -> list[int]:
     """In which order all_in_one shows the completions."""
     order = list(range(len(group)))
@@ -284,32 +222,19 @@ def _order(group: Sequence[Completion], seed: int) -> list[int]:
     return order
 
 
-def _verdict_text(answer: Outcome) -> str | Missing:
-    from prefpipe.api.replies import Failure
-
-    if isinstance(answer, Failure):
-        return Missing(answer.reason)
-    choice = answer.choices[0]
-    if choice.finish_reason == "length":
-        return Missing("truncated")  # another verdict may have followed
-    return choice.text if choice.finish_reason == "stop" else Missing(choice.finish_reason)
-
-
-def _rating(answer: Outcome, low: float, high: float) -> float | Missing:
-    text = _verdict_text(answer)
-    return text if isinstance(text, Missing) else _score(verdicts.rating(text, low, high))
+def _rating(answer: str | Missing, low: float, high: float) -> float | Missing:
+    return answer if isinstance(answer, Missing) else _score(verdicts.rating(answer, low, high))
 
 
 def _score(found: float | Unclear) -> float | Missing:
     return Missing(found.reason) if isinstance(found, Unclear) else found
 
 
-def _both_orders(forward: Outcome, backward: Outcome, counts: Counter[str]) -> float | Missing:
+def _both_orders(forward: str | Missing, backward: str | Missing, counts: Counter[str]) -> float | Missing:
     """The first text's share of the win: 1, 0, or 0.5 for a tie, which two orders that disagree are too."""
     results, letters = [], Counter[str]()
     for answer, of_letter in ((forward, {"A": 1.0, "B": 0.0, "C": 0.5}), (backward, {"A": 0.0, "B": 1.0, "C": 0.5})):
-        text = _verdict_text(answer)
-        found = text if isinstance(text, Missing) else verdicts.choice(text)
+        found = answer if isinstance(answer, Missing) else verdicts.choice(answer)
         if isinstance(found, Missing | Unclear):
             counts[f"without_verdict/{found.reason}"] += 1
             return Missing(found.reason)

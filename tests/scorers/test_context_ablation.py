@@ -9,10 +9,11 @@ import torch
 from completions import completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefpipe.documents import tagged_spans
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.records import Completion
 from prefpipe.scorers import Missing
-from prefpipe.scorers.context_ablation import ContextAblation, tagged_spans
+from prefpipe.scorers.context_ablation import ContextAblation
 
 SENTENCES = [f"Tom has {i + 3} apples and {i} pears. " for i in range(11)] + ["Tom has no plums."]
 BEFORE, AFTER = "Answer with citations.\n[Document Start]\n", "\n[Document End]\n\nHow many apples?"
