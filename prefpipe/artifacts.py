@@ -15,10 +15,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import orjson
 from filelock import FileLock, Timeout
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 RECORDS_PER_PART = 50_000
+HOLDER_SECONDS = 5.0
+"""How long to wait for the name of a folder's holder; it writes it as soon as it has the lock."""
 BUFFER_BYTES = 2**20
 """Read or written at a time; with Python's 8 KiB a call for every few rows takes a tenth of stage=pair."""
 
@@ -152,6 +156,70 @@ def verify(path: Path) -> None:
             raise ArtifactError(f"{file} does not match {path}/manifest.json: it was changed after it was published")
 
 
+# ------------------------------------------------------------------------------------------------ planning
+
+
+_planning = ContextVar("planning", default=False)
+
+
+class PlanFound(Exception):  # noqa: N818
+    """No error: how a stage that is run within `planning` tells what it would write."""
+
+    def __init__(self, out: Path, plan: Plan, *, overwrite: bool) -> None:
+        super().__init__(str(out))
+        self.out, self.plan, self.overwrite = out, plan, overwrite
+
+
+class NotKnownError(Exception):
+    """What a plan cannot say without doing what it is there to foresee, such as a download."""
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Within it a stage comes as far as its first artifact, where `draft` raises PlanFound, and writes nothing.
+
+    So a plan compares the very settings that the stage would record.
+    """
+    token = _planning.set(True)
+    try:
+        yield
+    finally:
+        _planning.reset(token)
+
+
+def is_planning() -> bool:
+    """Whether this is `planning`, and files of gigabytes should be left alone."""
+    return _planning.get()
+
+
+class Outlook(NamedTuple):
+    """What `draft` would find. state: "there", "other" settings, "unfinished", "leftovers" of other settings, "none".
+
+    changes: how the settings differ. parts: finished ones of an unfinished artifact.
+    """
+
+    state: str
+    changes: list[str]
+    parts: int = 0
+
+
+def outlook(out: Path, plan: Plan) -> Outlook:
+    """What `draft` would find of an artifact. Raises ArtifactError where a parent is missing."""
+    wanted, work = plan.as_data(), partial_path(out)
+    if is_complete(work) and _comparable(manifest(work)) == wanted:
+        return Outlook("there", [])
+    if is_complete(out):
+        changed = differences(_comparable(manifest(out)), wanted)
+        return Outlook("other" if changed else "there", changed)
+    try:
+        begun = orjson.loads((work / "plan.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return Outlook("leftovers" if work.exists() else "none", [])
+    changed = differences(begun, wanted)
+    parts = len(list((work / "progress").glob("?????.json")))
+    return Outlook("leftovers" if changed else "unfinished", changed, parts)
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -160,6 +228,8 @@ def draft(out: Path, plan: Plan, *, overwrite: bool = False) -> "Draft":
 
     Raises ArtifactError when it exists with another plan (naming the keys) or another process is writing it.
     """
+    if is_planning():
+        raise PlanFound(out, plan, overwrite=overwrite)
     return Draft(out, plan, overwrite=overwrite)
 
 
@@ -307,20 +377,40 @@ class Draft:
         return self.work / "progress" / f"{index:05d}.json"
 
     def _acquire(self) -> None:
+        """Raises ArtifactError, naming who holds the folder."""
+        deadline = time.monotonic() + HOLDER_SECONDS
+        while True:
+            try:
+                self._lock.acquire()
+                break
+            except Timeout:
+                who = self._who()
+                if who or time.monotonic() > deadline:
+                    who = who or "another process"
+                    raise ArtifactError(f"{self.out} is being written by {who}; wait for it, or end it") from None
+                time.sleep(0.02)  # it has the lock and has not said so yet, or has just let go of it
         try:
-            self._lock.acquire()
-        except Timeout:
-            raise ArtifactError(f"{self.out} is being written by {self._who()}; wait for it, or end it") from None
-        write_json(
-            self._holder,
-            {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "job": os.environ.get("SLURM_JOB_ID")},
-        )
+            write_json(
+                self._holder,
+                {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "since": now(),
+                    "job": os.environ.get("SLURM_JOB_ID"),
+                },
+            )
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _who(self) -> str:
+        """Who holds the folder; "" where nobody has said so but a process that is gone."""
         try:
             holder = orjson.loads(self._holder.read_bytes())
         except (OSError, orjson.JSONDecodeError):
-            return "another process"
+            return ""
+        if holder["host"] == socket.gethostname() and not _is_alive(holder["pid"]):
+            return ""
         job = f", Slurm job {holder['job']}" if holder.get("job") else ""
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}{job}"
 
@@ -447,6 +537,16 @@ class Draft:
         if parts:
             parts[0]["num_records"] = num_records
         self.notes[0] = {"parts": parts, "rows_in": 0, "rows_out": 0, "filtered": {}, "quarantined": {}}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def partial_path(out: Path) -> Path:

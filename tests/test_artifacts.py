@@ -1,14 +1,18 @@
 """Artifacts appear whole or not at all, say why they do not fit, and notice every change on disk."""
 
 import multiprocessing
-import random
+import os
 import shutil
+import socket
+import threading
 import time
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +20,9 @@ from prefpipe import artifacts
 from prefpipe.artifacts import Plan, differences
 from prefpipe.errors import ArtifactError
 from prefpipe.records import Completion, Prompt, ScoredCompletion, prompt_id, row_reader
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Barrier, Semaphore
 
 
 def prompts(count: int, start: int = 0) -> list[Prompt]:
@@ -214,32 +221,73 @@ def test_a_second_writer_is_told_who_holds_the_folder(tmp_path):
     assert artifacts.manifest(tmp_path / "a")["num_records"] == 2
 
 
-def _race(out: Path, number: int, outcomes: "multiprocessing.Queue[str]") -> None:
+def _race(
+    out: Path, start: "Barrier", told: "Semaphore", outcomes: "multiprocessing.Queue[tuple[str, int, str]]"
+) -> None:
+    """Whoever gets the folder keeps it until the others have been told."""
+    start.wait(60)
     try:
         with artifacts.draft(out, plan()) as draft:
-            if draft.is_current:
-                outcomes.put("current")
-                return
-            time.sleep(random.Random(number).uniform(0.05, 0.2))
+            for _ in range(RACERS - 1):
+                assert told.acquire(timeout=60)
             draft.commit(0, prompts(50), rows_in=50, rows_out=50)
-            outcomes.put("wrote")
+        outcomes.put(("wrote", os.getpid(), ""))
     except ArtifactError as error:
-        outcomes.put("told" if "is being written by" in str(error) else f"error: {error}")
+        outcomes.put(("told", os.getpid(), str(error)))
+        told.release()
 
 
-@pytest.mark.parametrize("race", range(5))
-def test_of_8_processes_on_one_folder_exactly_one_writes(tmp_path, race):
+RACERS = 8
+
+
+def _one_race(folder: Path) -> None:
+    """One of 8 processes on a folder writes; the 7 others name it, and leave nothing behind."""
     context = multiprocessing.get_context("fork")
-    outcomes: multiprocessing.Queue[str] = context.Queue()
-    racers = [context.Process(target=_race, args=(tmp_path / "a", 8 * race + i, outcomes)) for i in range(8)]
+    outcomes: multiprocessing.Queue[tuple[str, int, str]] = context.Queue()
+    shared = (folder / "a", context.Barrier(RACERS), context.Semaphore(0), outcomes)
+    racers = [context.Process(target=_race, args=shared) for _ in range(RACERS)]
     for racer in racers:
         racer.start()
     found = [outcomes.get(timeout=60) for _ in racers]
     for racer in racers:
-        racer.join()
-    assert found.count("wrote") == 1
-    assert set(found) <= {"wrote", "told", "current"}
-    artifacts.verify(tmp_path / "a")
+        racer.join(60)
+    assert [racer.exitcode for racer in racers] == [0] * RACERS
+    (winner,) = [pid for outcome, pid, _ in found if outcome == "wrote"]
+    who = f"{folder / 'a'} is being written by process {winner} on {socket.gethostname()} since "
+    assert all(error.startswith(who) for outcome, _, error in found if outcome == "told")
+    artifacts.verify(folder / "a")
+    assert artifacts.manifest(folder / "a")["num_records"] == 50
+    assert sorted(path.name for path in folder.iterdir()) == [".a.lock", "a"]
+
+
+@pytest.mark.parametrize("race", range(5))
+def test_of_8_processes_on_one_folder_exactly_one_writes(tmp_path, race):
+    _one_race(tmp_path)
+
+
+@pytest.mark.soak
+def test_100_races_of_8_processes_on_one_folder(tmp_path):
+    for race in range(100):
+        (tmp_path / str(race)).mkdir()
+        _one_race(tmp_path / str(race))
+
+
+def test_a_holder_that_was_killed_is_not_the_one_that_is_named(tmp_path):
+    """Its note outlives it; whoever has the lock now is named once that one has said so."""
+    gone = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
+    gone.start()
+    gone.join()
+    (tmp_path / ".a.holder.json").write_bytes(
+        orjson.dumps({"host": socket.gethostname(), "pid": gone.pid, "since": "2026-01-01T00:00:00Z", "job": None})
+    )
+    lock = FileLock(tmp_path / ".a.lock", timeout=0)
+    with lock:
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": "2026-01-02T00:00:00Z", "job": "7"}
+        says = threading.Timer(0.3, (tmp_path / ".a.holder.json").write_bytes, (orjson.dumps(own),))
+        says.start()
+        named = rf"process {os.getpid()} on {socket.gethostname()} since 2026-01-02T00:00:00Z, Slurm job 7"
+        with pytest.raises(ArtifactError, match=named), artifacts.draft(tmp_path / "a", plan()):
+            pass
 
 
 def test_a_publish_that_was_killed_at_the_last_moment_is_finished(tmp_path):
