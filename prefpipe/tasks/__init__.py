@@ -35,6 +35,10 @@ class Task:
     name: str = "???"
     max_prompts: int | None = None
 
+    def metrics(self) -> list[str]:
+        """The metrics of the results of `evaluate`, in order."""
+        raise NotImplementedError(f"{type(self).__name__} names no metrics")
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:

@@ -25,6 +25,9 @@ class Accuracy(Task):
     def __post_init__(self) -> None:
         check_rule("task.accuracy.rule", self.rule)
 
+    def metrics(self) -> list[str]:
+        return ["accuracy", "no_answer"]
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:
@@ -35,7 +38,7 @@ class Accuracy(Task):
         missing = sum(verdict is None for verdict in verdicts)
         results = [
             EvalResult(task=self.name, metric=metric, value=count / n, low=low, high=high, n=n)
-            for metric, count in (("accuracy", right), ("no_answer", missing))
+            for metric, count in zip(self.metrics(), (right, missing), strict=True)
             for low, high in [wilson(count, n)]
         ]
         return results, completions

@@ -36,6 +36,9 @@ class MajAtK(Task):
                 f"task.maj_at_k.temperature={self.temperature} must be above 0; greedy samples are all alike"
             )
 
+    def metrics(self) -> list[str]:
+        return [f"maj@{self.k}"]
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:
@@ -48,7 +51,7 @@ class MajAtK(Task):
         low, high = wilson(right, len(groups))
         result = EvalResult(
             task=self.name,
-            metric=f"maj@{self.k}",
+            metric=self.metrics()[0],
             value=right / len(groups),
             low=low,
             high=high,

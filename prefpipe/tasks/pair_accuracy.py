@@ -20,6 +20,9 @@ class PairAccuracy(Task):
 
     name: str = "pair_accuracy"
 
+    def metrics(self) -> list[str]:
+        return ["pair_accuracy_sum", "pair_accuracy_mean"]
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:
@@ -31,7 +34,7 @@ class PairAccuracy(Task):
         logps = policy.pair_logps(pairs)
         sums = [chosen - rejected for chosen, _, rejected, _ in logps]
         means = [chosen / n_chosen - rejected / n_rejected for chosen, n_chosen, rejected, n_rejected in logps]
-        return [self._share("pair_accuracy_sum", sums), self._share("pair_accuracy_mean", means)], []
+        return [self._share(*found) for found in zip(self.metrics(), (sums, means), strict=True)], []
 
     def _share(self, metric: str, margins: Sequence[float]) -> EvalResult:
         values = [0.5 if margin == 0 else float(margin > 0) for margin in margins]

@@ -37,6 +37,9 @@ class PassAtK(Task):
                 f"task.pass_at_k.temperature={self.temperature} must be above 0; greedy samples are all alike"
             )
 
+    def metrics(self) -> list[str]:
+        return [f"pass@{k}" for k in self.k]
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:
@@ -46,14 +49,14 @@ class PassAtK(Task):
         )
         wrong = [sum(correct(c, self.rule) is not True for c in group) for group in grouped(completions)]
         results = []
-        for k in self.k:
+        for k, metric in zip(self.k, self.metrics(), strict=True):
             values = [pass_at_k(self.num_samples, self.num_samples - count, k) for count in wrong]
             low, high = bootstrap_mean(values)
             details = {"k": k, "num_samples": self.num_samples, "temperature": self.temperature}
             value = sum(values) / len(values)
             results.append(
                 EvalResult(
-                    task=self.name, metric=f"pass@{k}", value=value, low=low, high=high, n=len(values), details=details
+                    task=self.name, metric=metric, value=value, low=low, high=high, n=len(values), details=details
                 )
             )
         return results, completions

@@ -23,6 +23,9 @@ class RewardAccuracy(Task):
 
     name: str = "reward_accuracy"
 
+    def metrics(self) -> list[str]:
+        return ["reward_accuracy"]
+
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
     ) -> tuple[list[EvalResult], list[Completion]]:
@@ -51,7 +54,7 @@ class RewardAccuracy(Task):
         }
         result = EvalResult(
             task=self.name,
-            metric="reward_accuracy",
+            metric=self.metrics()[0],
             value=_mean(right),
             low=low,
             high=high,

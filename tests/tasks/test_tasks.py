@@ -8,6 +8,7 @@ from math import comb
 
 import pytest
 
+from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.records import Completion, Pair, Prompt, prompt_id
 from prefpipe.tasks.accuracy import Accuracy
@@ -154,3 +155,14 @@ def test_reward_accuracy_by_hand_with_shares_by_source_and_by_length():
     assert result.details["no_reward"] == 1
     with pytest.raises(DataError, match="needs held-out pairs"):
         RewardAccuracy().evaluate(policy, [], [])
+
+
+def test_every_task_names_the_metrics_that_it_reports():
+    """A search is refused by them before anything was measured."""
+    policy = Scripted([["#### 1"] * 8], [(-1.0, 1, -2.0, 1)], [(1.0, 0.0)])
+    messages = [{"role": "user", "content": "q"}]
+    pair = Pair(prompt_id=prompt_id(messages), messages=messages, source="t", chosen="a", rejected="bc")
+    for name, cls in COMPONENTS["task"].items():
+        task = cls()
+        results, _ = task.evaluate(policy, problems("#### 1"), [pair])
+        assert [(result.task, result.metric) for result in results] == [(name, metric) for metric in task.metrics()]
