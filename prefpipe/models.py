@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -22,11 +23,14 @@ from prefpipe.settings import HardwareConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
+READ_TO_PLAN = 2**29
+"""Bytes of weights that a plan takes the digest of, in less than a second."""
+
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is taken from a hub: never a pickle, never code."""
 
@@ -44,9 +48,37 @@ def model_folder(model: ModelConfig, *, cache: Path) -> Path:
     local = Path(model.path).expanduser()
     if local.is_dir():
         return local
+    if artifacts.is_planning():
+        found = folder_here(model, cache=cache)
+        if found is None or not any(found.glob("*.safetensors")):
+            raise artifacts.NotKnownError(f"the weights of model.path={model.path} are not on this machine yet")
+        return found
     if model.package and importlib.util.find_spec(model.package):
         return _from_package(model.package, cache / "models")
     return _from_hub(model)
+
+
+def folder_here(model: ModelConfig, *, cache: Path) -> Path | None:
+    """The folder of a model's config.json, if it is on this machine; nothing is fetched, or converted."""
+    if model.path.startswith("builtin:"):
+        found = [ASSETS / model.path.removeprefix("builtin:")]
+    elif (local := Path(model.path).expanduser()).is_dir():
+        found = [local]
+    elif model.package and importlib.util.find_spec(model.package):
+        found = sorted((cache / "models").glob(f"{model.package}-*"))
+    else:
+        found = [_hub_snapshot(model)]
+    return next((folder for folder in found if (folder / "config.json").is_file()), None)
+
+
+def _hub_snapshot(model: ModelConfig) -> Path:
+    """Where huggingface_hub keeps what it fetched; by name, as its import takes longer than a plan may."""
+    home = Path(os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser() / f"models--{model.path.replace('/', '--')}"
+    revision = model.revision or "main"
+    with contextlib.suppress(OSError):  # a commit has no name
+        revision = (hub / "refs" / revision).read_text().strip()
+    return hub / "snapshots" / revision
 
 
 def _from_hub(model: ModelConfig) -> Path:
@@ -123,6 +155,8 @@ def weights_digest(folder: Path) -> str:
     A published checkpoint knows its files' digests already, and so does the hub's cache, whose files are links to
     blobs named by sha256; only a plain folder is read.
     """
+    if artifacts.is_complete(folder) and artifacts.is_planning():
+        return artifacts.digest(folder)[:16]
     if artifacts.is_complete(folder):
         _verify_once(folder, tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())))
         return artifacts.digest(folder)[:16]
@@ -134,6 +168,9 @@ def weights_digest(folder: Path) -> str:
             if file.name not in ("README.md", "provenance.json", "generation_config.json")
         }
     )
+    unnamed = sum(file.stat().st_size for file in files if _blob_name(file) is None)
+    if artifacts.is_planning() and unnamed > READ_TO_PLAN:
+        raise artifacts.NotKnownError(f"{folder} holds {unnamed / 2**30:.1f} GiB, which a plan does not read")
     listing = [[file.name, _blob_name(file) or sha256_of(file)] for file in files]
     return hashlib.sha256(orjson.dumps(listing)).hexdigest()[:16]
 
@@ -189,6 +226,7 @@ def load_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     Raises ConfigError when there is no chat template: it is never guessed from the model's name. An encoder-decoder
     model needs none.
     """
+    import_transformers()
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -230,6 +268,7 @@ def decoder_start(folder: Path) -> int | None:
 
     Raises ConfigError where neither config.json nor generation_config.json names it.
     """
+    import_transformers()
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -296,11 +335,22 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def reference_digest(model: ModelConfig, folder: Path) -> str:
+    """`weights_digest` of what a reference computes with: 4-bit weights are another model than those of the folder."""
+    return weights_digest(folder) + ("-nf4" if model.adapter == "qlora" else "")
+
+
+def load_weights(
+    model: ModelConfig, folder: Path, *, dtype: torch.dtype, device: torch.device, four_bit: bool = False
+) -> PreTrainedModel:
     """The model of a folder on a device. Remote code is never run; only safetensors are read.
 
-    Raises ConfigError for a reward model: it has no head that could write.
+    four_bit: round the linear layers but the head to 4 bits as they are read (NF4, Dettmers et al. 2023,
+        arXiv:2305.14314, section 3, with their double quantization).
+
+    Raises ConfigError for a reward model: it has no head that could write; and where 4 bits cannot be computed with.
     """
+    import_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     _no_progress_bars_in_logs()
@@ -313,11 +363,64 @@ def load_weights(model: ModelConfig, folder: Path, *, dtype: torch.dtype, device
         )
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     kernel = None if model.attention == "auto" else model.attention
+    rounding = {"quantization_config": _four_bits(dtype, device), "device_map": {"": device}} if four_bit else {}
     loaded: PreTrainedModel = kind.from_pretrained(
-        folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True
+        folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True, **rounding
     )
-    loaded.to(device)  # type: ignore[arg-type]
+    if four_bit:
+        _compute_as_linear_layers_do(loaded)
+    else:
+        loaded.to(device)  # type: ignore[arg-type]
     return loaded
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    """Raises ConfigError with the reason where bitsandbytes is missing, or cannot round and multiply on this device."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    prefix = f"model.adapter=qlora cannot run on {device} here"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would advise to install kernels from a hub
+    try:
+        from bitsandbytes import functional, matmul_4bit
+    except ImportError as error:
+        raise ConfigError(f"{prefix}: {error}; pip install 'prefpipe[qlora]', or use model.adapter=lora") from None
+    try:
+        rounded, state = functional.quantize_4bit(
+            torch.ones(64, 64, dtype=dtype, device=device), quant_type="nf4", compress_statistics=True
+        )
+        matmul_4bit(torch.ones(2, 64, dtype=dtype, device=device), rounded.t(), quant_state=state)
+    except Exception as error:
+        # Kernels that were not built for a device say so in many ways.
+        raise ConfigError(
+            f"{prefix}: bitsandbytes has no kernel for it ({type(error).__name__}: {error}); use model.adapter=lora"
+        ) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _compute_as_linear_layers_do(model: PreTrainedModel) -> None:
+    """Have 4-bit layers multiply in autocast's type, or without it in their input's.
+
+    bitsandbytes takes one type for good, and on some CPUs another kernel where there are no gradients: with it the
+    reference would not be the model that training starts from.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    def choose_type(layer: Any, inputs: tuple[torch.Tensor]) -> None:
+        device = inputs[0].device.type
+        mixed = torch.is_autocast_enabled(device)
+        layer.compute_dtype = torch.get_autocast_dtype(device) if mixed else inputs[0].dtype
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_type_is_set, layer.support_avx512bf16_for_cpu = True, False
+            layer.register_forward_pre_hook(choose_type)
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -341,6 +444,19 @@ def save_weights(policy: PreTrainedModel, out: Path, *, like: Path, padding: int
         # would tie and scale the head of a T5 1.1 or Flan-T5.
         policy.config.tie_word_embeddings = False
     policy.save_pretrained(out)
+
+
+def import_transformers() -> None:
+    """Import transformers without scikit-learn, from which it wants one curve for assisted generation.
+
+    With it (MLflow installs it), and what it brings, a third of the time goes that a process takes to come up.
+    """
+    if "sklearn" not in sys.modules:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("transformers.generation.candidate_generator")
+        finally:
+            del sys.modules["sklearn"]
 
 
 def _no_progress_bars_in_logs() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefpipe.errors import ConfigError
-from prefpipe.models import is_classifier
+from prefpipe.models import import_transformers, is_classifier
 from prefpipe.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def load_reward_model(
     Raises ConfigError for a language model, to which transformers would give a head of random numbers, and for several
     labels. key: of the config, for that message.
     """
+    import_transformers()
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(folder)

@@ -1,6 +1,8 @@
 """From a model's name to its folder, digest, tokenizer and stop tokens; what cannot be had is said with the remedy."""
 
 import shutil
+import subprocess
+import sys
 
 import orjson
 import pytest
@@ -89,3 +91,20 @@ def test_precision_follows_the_device():
     assert models.precision_of(HardwareConfig(name="h", precision="bf16"), cpu) == "bf16"
     with pytest.raises(ConfigError, match=r"hardware\.precision=int4 must be one of auto, fp32, bf16, fp16"):
         HardwareConfig(name="h", precision="int4")
+
+
+def test_a_process_that_loads_a_model_imports_no_scikit_learn_and_can_do_so_later(tiny_folder):
+    """A third of the time it takes to come up. Its own dependencies are not wanted either."""
+    code = f"""
+import importlib.util, sys, torch
+from pathlib import Path
+from prefpipe import models
+from prefpipe.settings import ModelConfig
+model, folder = ModelConfig(name="tiny", path="builtin:tiny"), Path({str(tiny_folder)!r})
+models.load_tokenizer(model, folder)
+models.load_weights(model, folder, dtype=torch.float32, device=torch.device("cpu"))
+print(sorted({{"transformers", "sklearn", "pandas", "joblib"}} & set(sys.modules)))
+print(importlib.util.find_spec("sklearn") is not None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["['transformers']", "True"], done.stderr
