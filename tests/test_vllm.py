@@ -6,11 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -128,7 +128,6 @@ def test_samples_have_seeds_of_their_own_and_the_log_probability_of_the_model(py
         assert answer.text == template.decode(answer.token_ids)
 
 
-@pytest.mark.xfail(strict=False, reason="passed once, failed once; the cause of the failure is not known yet")
 def test_an_engine_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(python, tmp_path, caplog):
     rows, out = prompts(64), tmp_path / "completions"
     with artifacts.draft(tmp_path / "prompts", Plan("prepare", Prompt.schema, uses={})) as draft:
@@ -148,14 +147,14 @@ def test_an_engine_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(pyt
         assert core is not None
         os.kill(core, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(
-        ChildError,
-        match=r"the vLLM engine ended .*the same command again goes on.*EngineCore\S* ended with exit code -9",
-    ):
-        generate([tmp_path / "prompts"], out, **settings)
-    killer.join()
+    with ThreadPoolExecutor() as threads:
+        killed = threads.submit(kill)
+        with pytest.raises(
+            ChildError,
+            match=r"^the vLLM engine ended .*the same command again goes on.*EngineCore\S* ended with exit code -9$",
+        ):
+            generate([tmp_path / "prompts"], out, **settings)
+        killed.result()
     assert group(leader) == {}
     before = {file.name: file.read_bytes() for file in partial.glob("part-*.jsonl")}
     assert 1 <= len(before) < -(-len(mine) // 8)
@@ -241,7 +240,8 @@ def server(python, tmp_path_factory) -> Iterator[str]:
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(FOLDER), "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
     ]  # fmt: skip
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    quick = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+    environment = {**os.environ, **quick}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:

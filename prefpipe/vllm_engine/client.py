@@ -167,6 +167,8 @@ def _environment(settings: EngineSettings, number: int) -> dict[str, str]:
             found.pop(name, None)
         # Kernels may be compiled at run time, with tools of that environment.
         found["PATH"] = f"{Path(_python(settings)).absolute().parent}{os.pathsep}{found.get('PATH', '')}"
+    if settings.arguments["enforce_eager"]:
+        found.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM 0.32 compiles parts of its sampler all the same
     if settings.num_threads is not None:
         found["OMP_NUM_THREADS"] = str(settings.num_threads)
     if settings.calculator:

@@ -16,16 +16,18 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 SECONDS_TO_END = 10.0
-SECONDS_TO_TELL = 3.0
-"""For vLLM itself to say why one of its processes has ended, where it can."""
 
 
 def offer_package() -> None:
@@ -83,25 +85,47 @@ def main() -> None:
     settings = inbox.next()
     assert settings is not None
     engine = start(settings)
-    threading.Thread(target=end_with_children, daemon=True).start()
+    children = multiprocessing.active_children()
+    no_more = threading.Event()
+    watcher = threading.Thread(target=end_with, args=(children, no_more), daemon=True)
+    watcher.start()
     config = engine.vllm_config.model_config
     say(answers, ready={"max_model_len": config.max_model_len, "dtype": str(config.dtype), "device": device()})
-    while (batch := inbox.next()) is not None:
-        sample(engine, batch, answers, each_token=settings["calculator"])
+    try:
+        while (batch := inbox.next()) is not None:
+            sample(engine, batch, answers, each_token=settings["calculator"])
+        no_more.set()
+    except Exception:
+        if ended(children, timeout=0):
+            traceback.print_exc()
+            watcher.join()  # it says how a process has ended, which vLLM's own error does not, and exits
+        raise
 
 
-def end_with_children() -> None:
-    """End when one of vLLM's own processes does: vLLM 0.32 waits for ever for the answers of a core that was killed."""
-    children = multiprocessing.active_children()
-    if not children:
+def end_with(children: Sequence[BaseProcess], no_more: threading.Event) -> None:
+    """End at once when one of vLLM's own processes does, unless they are to end.
+
+    vLLM 0.32 waits for ever for the answers of a core that was killed, and closes the socket under a request that is
+    on its way to it. What the process itself had to say stands in stderr by now.
+    """
+    gone = ended(children, timeout=None)
+    if not gone or no_more.is_set():
         return
-    ended = multiprocessing.connection.wait([child.sentinel for child in children])
-    time.sleep(SECONDS_TO_TELL)
-    for child in children:
-        if child.sentinel in ended:
-            print(f"ChildProcessError: vLLM's {child.name} ended with exit code {child.exitcode}", file=sys.stderr)
+    for child in gone:
+        child.join()
+        while child.exitcode is None:  # vLLM's own monitor is just reaping it
+            time.sleep(0.001)
+        print(f"ChildProcessError: vLLM's {child.name} ended with exit code {child.exitcode}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
+
+
+def ended(children: Sequence[BaseProcess], *, timeout: float | None) -> list[BaseProcess]:
+    """Those that have ended, once there is one; none when there are no children."""
+    if not children:
+        return []
+    sentinels = multiprocessing.connection.wait([child.sentinel for child in children], timeout)
+    return [child for child in children if child.sentinel in sentinels]
 
 
 def device() -> str:
