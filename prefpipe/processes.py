@@ -9,11 +9,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
-from prefpipe.errors import PrefpipeError
+import orjson
+
+from prefpipe.errors import PrefpipeError, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -23,33 +29,90 @@ LINES_KEPT = 400
 """Of a Talker's log, for the error that tells of its end."""
 
 
+KILLED = "killed"
+"""The class of failure of a process that a signal ended."""
+
+ERROR_FILE = "PREFPIPE_ERROR_FILE"
+"""Names the file in which a child says why it failed."""
+
+
 class ChildError(PrefpipeError, RuntimeError):
-    """A child process failed; its own message stands above."""
+    """A child process failed; its own message stands above. kind, reason: of that message, where it left one."""
+
+    def __init__(self, message: str, kind: str = PrefpipeError.kind, reason: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.reason = kind, reason
 
 
-def run_process(command: Sequence[str], what: str) -> None:
+def tell_parent(error: BaseException) -> None:
+    """Leave why this process fails for the run_process that started it; of several that fail, the first one's."""
+    name = os.environ.get(ERROR_FILE)
+    if name is None:
+        return
+    reason = str(error) if isinstance(error, PrefpipeError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ChildError) and error.reason:
+        reason = error.reason
+    with contextlib.suppress(OSError), open(name, "xb") as file:
+        file.write(orjson.dumps({"kind": kind_of(error), "reason": reason}))
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have this process killed when its parent ends, however that ends; where that has happened already, now. Linux."""
+    expected = os.getppid() if parent is None else parent
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != expected:
+            os._exit(1)
+
+
+def run_process(command: Sequence[str], what: str, *, environment: Mapping[str, str] | None = None) -> None:
     """Run a command to its end, its output passed through.
 
     The child gets its own process group, which is ended with this process: on an error, on Ctrl-C, and, on Linux, even
     when this process is killed outright, so that no orphan goes on writing.
     Raises ChildError when it fails.
     """
-    parent = os.getpid()
+    with tempfile.TemporaryDirectory(prefix="prefpipe-") as folder:
+        told = Path(folder) / "error.json"
+        child = subprocess.Popen(
+            list(command),
+            start_new_session=True,
+            preexec_fn=partial(_begin, os.getpid()),
+            env={**(os.environ if environment is None else environment), ERROR_FILE: str(told)},
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            _end_group(child)
+            raise
+        if code:
+            raise ChildError(f"{what} {_why(code)}", **(_told(told) or _kind(code)))
 
-    def die_with_parent() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
 
-    child = subprocess.Popen(list(command), start_new_session=True, preexec_fn=die_with_parent)
+def _ignore_notice() -> None:
+    """In a child, before its command: Slurm tells all processes of a job by SIGUSR2 that it will be stopped.
+
+    The first one answers to that and ends its children; one that died of the signal before would look like a failure.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _begin(parent: int) -> None:
+    _ignore_notice()
+    die_with_parent(parent)
+
+
+def _kind(code: int) -> dict[str, str]:
+    """A child that is killed outright most often took more memory than there is."""
+    return {"kind": "oom" if code == -signal.SIGKILL else KILLED if code < 0 else PrefpipeError.kind}
+
+
+def _told(file: Path) -> dict[str, str]:
     try:
-        code = child.wait()
-    except BaseException:
-        _end_group(child)
-        raise
-    if code:
-        raise ChildError(f"{what} {_why(code)}")
+        found = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return {"kind": str(found["kind"]), "reason": str(found["reason"])}
 
 
 class Talker:
@@ -73,7 +136,13 @@ class Talker:
         self._said = deque[str](maxlen=LINES_KEPT)
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(
-            list(command), stdin=pipe, stdout=pipe, stderr=pipe, env=dict(environment), start_new_session=True
+            list(command),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=_ignore_notice,
         )
         readers = [threading.Thread(target=target, daemon=True) for target in (self._read, self._listen)]
         self._watcher = threading.Thread(target=self._watch, args=(readers,), daemon=True)
@@ -84,6 +153,11 @@ class Talker:
     def pid(self) -> int:
         """Of the child, and of its process group."""
         return self._child.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the child, minus the number of the signal that killed it; None while it runs."""
+        return self._child.poll()
 
     def ask(self, line: bytes) -> None:
         """Send one line. Raises ChildError when the child is gone."""
@@ -134,11 +208,30 @@ class Talker:
         self._kill_group()
         for reader in readers:
             reader.join()
+        _await_end_of_group(self._child.pid)
         self._answers.put((self, None))
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
+
+
+def _await_end_of_group(group: int) -> None:
+    """A process that was killed closes its pipes first, and gives back memory and devices later."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _lives(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of the group is left that is no zombie."""
+    import psutil
+
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _last_words(lines: Sequence[str]) -> str:

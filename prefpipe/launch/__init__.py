@@ -1,0 +1,1 @@
+"""Sweeps and what becomes of them: Slurm jobs, attempts, status, retry."""
