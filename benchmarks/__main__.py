@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import deduplicate, generation, pairing, scoring, train_step
+from benchmarks import deduplicate, generation, memory_plan, pairing, scoring, train_step
 from benchmarks.harness import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +15,7 @@ def main() -> None:
     report(pairing.run(), RESULTS / "pairing_cpu.json")
     report(deduplicate.run(), RESULTS / "deduplicate_cpu.json")
     report(scoring.run(), RESULTS / "scoring_cpu.json")
+    memory_plan.run(list(memory_plan.CASES), RESULTS / "memory_plan_cpu.json")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -42,11 +43,32 @@ class Checker:
         self.multirun = multirun
         self._bases: dict[tuple[str, ...], DictConfig] = {}
 
-    def compose(self, overrides: Sequence[str]) -> list[DictConfig]:
-        """Every point's composed config, with its hydra node; keys are checked, values only as far as their type."""
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hydra at the primary config, for `parse` and `point`."""
         register_schemas()
         with hydra.initialize_config_dir(str(self.conf), version_base="1.3", job_name="prefpipe"):
-            return [self._compose(index, point) for index, point in enumerate(self._points(overrides))]
+            yield
+
+    def compose(self, overrides: Sequence[str]) -> list[DictConfig]:
+        """Every point's composed config, with its hydra node; keys are checked, values only as far as their type.
+
+        Of a search the first point: it checks the others itself, as it finds them (prefpipe/search.py).
+        """
+        configs: list[DictConfig] = []
+        with self.opened():
+            for index, point in enumerate(self._points(overrides)):
+                configs.append(self._compose(index, point))
+                if is_search(configs[0]):
+                    return configs
+            self._refuse_intervals(overrides, configs)
+        return configs
+
+    def point(self, overrides: Sequence[str]) -> DictConfig:
+        """One point's composed config, its keys and values checked. Raises ConfigError."""
+        cfg = self._compose(0, list(overrides))
+        self._check_values(cfg)
+        return cfg
 
     def check(self, overrides: Sequence[str]) -> list[DictConfig]:
         """compose, and everything else that can be known without running. Raises ConfigError."""
@@ -60,12 +82,12 @@ class Checker:
     def _points(self, overrides: Sequence[str]) -> Iterator[list[str]]:
         """The overrides of each point, spelt and ordered as by Hydra's own sweeper; without -m there is one."""
         values: list[list[str]] = []
-        for override in self._parse(overrides):
+        for override in self.parse(overrides):
             line, key, value = str(override.input_line), override.get_key_element(), override.value()
             if re.search(r"(?<![A-Za-z0-9])_target_(?![A-Za-z0-9])", line):
                 raise ConfigError(_refused(line))
             if not override.is_sweep_override():
-                values.append([line if override.is_delete() else f"{key}={override.get_value_element_as_str()}"])
+                values.append([fixed_line(override)])
             elif not self.multirun:
                 raise ConfigError(
                     f"{line} gives several values: add -m to sweep over them; a list is written {key}=[a,b]"
@@ -76,7 +98,16 @@ class Checker:
                 values.append([f"{key}={choice}" for choice in override.sweep_string_iterator()])
         return (list(point) for point in itertools.product(*values))
 
-    def _parse(self, overrides: Sequence[str]) -> list[Override]:
+    def _refuse_intervals(self, overrides: Sequence[str], configs: Sequence[DictConfig]) -> None:
+        for override in self.parse(overrides):
+            own_sweeper = configs and configs[0].hydra.runtime.choices["hydra/sweeper"] != "basic"
+            if isinstance(override.value(), IntervalSweep) and not own_sweeper:
+                raise ConfigError(
+                    f"{override.input_line}: an interval is for sweep=optuna; sweep=grid needs a number of them"
+                )
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """What was typed, taken apart. Raises ConfigError for what Hydra cannot read."""
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
         for line in overrides:
@@ -95,24 +126,56 @@ class Checker:
 
     def _compose(self, index: int, overrides: list[str]) -> DictConfig:
         try:
-            cfg = hydra.compose(self.config_name, overrides, return_hydra_config=True)
+            cfg = self._merged(overrides)
         except COMPOSITION_ERRORS as error:
             raise ConfigError(self._explain(error, overrides)) from error
         with read_write(cfg), open_dict(cfg.hydra.job):
             cfg.hydra.job.num, cfg.hydra.job.id = index, str(index)
         _refuse_targets(cfg)
-        unknown = list(unknown_keys(without_hydra(cfg)))
-        if unknown or any(override.is_delete() for override in self._parse(overrides)):
+        unknown = [key for key in unknown_keys(cfg) if key != "hydra"]
+        if unknown or any(override.is_delete() for override in self.parse(overrides)):
             base = self._base(overrides)
             problem = self._culprit(overrides, base) or (self._unknown_key(unknown[0], base) if unknown else None)
             if problem:
                 raise ConfigError(problem)
         return cfg
 
+    def _merged(self, overrides: Sequence[str]) -> DictConfig:
+        """What hydra.compose gives. Points that differ in values alone share the merged files, nearly all of the work.
+
+        The values are merged by Hydra's own function, the last thing that its compose does.
+        """
+        parsed = self.parse(overrides)
+        values = [override for override in parsed if self._is_value(override)]
+        others = [override for override in parsed if not self._is_value(override)]
+        if any(override.is_delete() or isinstance(override.value(), dict) for override in others):
+            return hydra.compose(self.config_name, list(overrides), return_hydra_config=True)  # the order matters
+        lines = tuple(str(override.input_line) for override in others)
+        if lines not in self._bases:
+            self._bases[lines] = hydra.compose(self.config_name, list(lines), return_hydra_config=True)
+        cfg = copy.deepcopy(self._bases[lines])
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        task = [override for override in parsed if not override.is_hydra_override()]
+        cfg.hydra.overrides.task = [override.input_line for override in task]
+        names = cfg.hydra.job.config.override_dirname
+        cfg.hydra.job.override_dirname = get_overrides_dirname(
+            task, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+        )
+        return cfg
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether it sets a key of a run, and chooses no option."""
+        key = override.key_or_group
+        choice = override.package is not None or key in self.groups or "/" in key
+        return not choice and not override.is_delete() and not override.is_hydra_override()
+
     def _check_values(self, cfg: DictConfig) -> None:
         launcher = cfg.hydra.runtime.choices["hydra/launcher"]
         if launcher != "basic" and not self.multirun:
             raise ConfigError(f"hydra/launcher={launcher} would be ignored, as it acts on sweeps only: add -m")
+        if is_search(cfg) and not self.multirun:
+            raise ConfigError(f"sweep={cfg.sweep.name} would be ignored, as it acts on sweeps only: add -m")
+        _check_launcher(cfg, launcher)
         HydraConfig.instance().set_config(cfg)
         task = without_hydra(cfg)
         default_stage(task, cfg.hydra.runtime.choices)
@@ -153,7 +216,7 @@ class Checker:
     def _culprit(self, overrides: list[str], base: DictConfig) -> str | None:
         """The first override that cannot be meant: of a key that the chosen options lack, or that deletes one."""
         keys = {key for key, _ in _nodes(base)}
-        for override in self._parse(overrides):
+        for override in self.parse(overrides):
             key, line = override.key_or_group, str(override.input_line)
             choices = base.hydra.runtime.choices
             if override.package is not None and f"{key}@{override.package}" not in choices:
@@ -193,7 +256,7 @@ class Checker:
     def _base(self, overrides: Sequence[str]) -> DictConfig:
         """The config of the chosen options alone; without the experiment when that is what does not compose."""
         groups = {*self.groups, "hydra.searchpath"}
-        chosen = [o for o in self._parse(overrides) if o.key_or_group in groups and isinstance(o.value(), str | list)]
+        chosen = [o for o in self.parse(overrides) if o.key_or_group in groups and isinstance(o.value(), str | list)]
         for skipped in ((), ("experiment", "debug"), tuple(self.groups)):
             lines = tuple(str(o.input_line) for o in chosen if o.key_or_group not in skipped)
             with suppress(*COMPOSITION_ERRORS):
@@ -203,10 +266,43 @@ class Checker:
         raise ConfigError(f"{self.conf / self.config_name}.yaml does not compose by itself")
 
 
+def _check_launcher(cfg: DictConfig, name: str) -> None:
+    """What the launcher would ignore, or could not start."""
+    if not str(cfg.hydra.launcher._target_).endswith(".SlurmLauncher"):
+        for key, ignored in (("detach", cfg.launch.detach), ("max_array_size", cfg.launch.max_array_size)):
+            if ignored:
+                raise ConfigError(
+                    f"launch.{key}={str(ignored).lower()} would be ignored by hydra/launcher={name}, which gives Slurm "
+                    f"nothing; use hydra/launcher=slurm_cpu or another of slurm_*, with -m"
+                )
+    elif cfg.hydra.launcher.nodes != cfg.hardware.num_nodes:
+        raise ConfigError(
+            f"hydra/launcher={name} asks Slurm for hydra.launcher.nodes={cfg.hydra.launcher.nodes}, and the run is for "
+            f"hardware.num_nodes={cfg.hardware.num_nodes}; they must be equal"
+        )
+
+
 def default_stage(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     """An experiment given alone runs its loop."""
     if OmegaConf.is_missing(cfg, "stage") and choices.get("experiment"):
         cfg.stage = Stage.loop
+
+
+def is_search(cfg: DictConfig) -> bool:
+    """Whether a command's points are not all known beforehand."""
+    return bool(cfg.sweep.name != "grid")
+
+
+def fixed_line(override: Override) -> str:
+    """An override of one value, spelt as Hydra's own sweeper spells it."""
+    if override.is_delete():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+def names_point(key: str) -> bool:
+    """Whether the key's value is part of a point's name; points that differ in another one share a folder."""
+    return not _NOT_IN_POINT_NAME.match(f"{key.lstrip('+')}=") and key.lstrip("+") != "generator.shard"
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -234,7 +330,7 @@ def point_name(overrides: Sequence[str]) -> str:
 # They say what is done with a point, or are part of its path already.
 _NOT_IN_POINT_NAME = re.compile(
     r"(stage|exp_name|point|round|overwrite|plan|experiment|generator\.num_shards"
-    r"|((paths|inputs|preview|browse|hydra|hardware|tracking|task)([./][^=]*)?))="
+    r"|((paths|inputs|preview|browse|hydra|hardware|tracking|task|sweep|launch)([./][^=]*)?))="
 )
 
 

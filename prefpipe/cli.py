@@ -20,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import prefpipe
 from prefpipe import suggest
-from prefpipe.check import STAGES, Checker, default_stage, point_name, without_hydra
+from prefpipe.check import STAGES, Checker, default_stage, is_search, point_name, without_hydra
 from prefpipe.config import CONF_DIR, register_schemas
 from prefpipe.errors import ConfigError, PrefpipeError
 from prefpipe.logs import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, say, set_up_logging
+from prefpipe.recorder import prepare_sweep
 from prefpipe.settings import Stage
 
 HELP = f"""\
@@ -32,11 +33,13 @@ Preference optimization, from prompts to an evaluated checkpoint.
 usage: prefpipe stage=STAGE [group=option ...] [key=value ...] [flags]
        prefpipe experiment=NAME                        an experiment given alone runs its loop
        prefpipe -m stage=train loss=dpo,simpo,ipo      a sweep: one run for each
+       prefpipe status DIR ...                         what has become of a run and of its sweep's points
+       prefpipe retry DIR [--only=KIND,...]            start its failed points again; of these classes of failure
 
 stages: {STAGES}
 
 flags, anywhere on the line:
-  -m, --multirun          sweep over values given as key=a,b
+  -m, --multirun          sweep over values given as key=a,b; with sweep=optuna, search among them
   -c, --cfg job           print the composed config and stop (all: with Hydra's own)
   -p, --package KEY       print only this part of it
   --resolve               print it with interpolations filled in
@@ -94,8 +97,12 @@ class CommandLine:
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Exit codes: 2 for a config that cannot work, 1 for another error of ours, 130 for Ctrl-C."""
     _failures.clear()
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        _command(parse(sys.argv[1:] if argv is None else argv))
+        if words[:1] in (["status"], ["retry"]):
+            _look_after(words)
+        else:
+            _command(parse(words))
     except BaseException as error:
         if _was_interrupted(error):
             print("prefpipe: interrupted; the same command again resumes", file=sys.stderr)
@@ -178,6 +185,12 @@ def help_text(command: CommandLine) -> str:
     return HELP.format(groups="\n".join(lines))
 
 
+def _look_after(words: Sequence[str]) -> None:
+    from prefpipe.launch import sweep
+
+    {"status": sweep.status_command, "retry": sweep.retry_command}[words[0]](words[1:])
+
+
 def _command(command: CommandLine) -> None:
     if "--version" in command.flags:
         print(f"prefpipe {prefpipe.__version__}")
@@ -190,9 +203,24 @@ def _command(command: CommandLine) -> None:
                 say(f"# {' '.join(cfg.hydra.overrides.task)}")
             _show(cfg, command.flags)
     else:
+        checker, configs = command.checker(), []
         if not command.flags.keys() & {"--hydra-help", "--info", "--shell-completion"}:
-            command.checker().check(command.overrides)
-        _run(command)
+            configs = checker.check(command.overrides)
+        if configs and is_search(configs[0]):
+            if not configs[0].plan:
+                prepare_sweep(configs)
+            _search(checker, command.overrides)
+        elif configs and configs[0].plan:
+            from prefpipe import plan
+
+            plan.show(configs, multirun=checker.multirun)
+        else:
+            if checker.multirun and configs:
+                from prefpipe.launch import sweep
+
+                sweep.prepare(configs)
+                prepare_sweep(configs)
+            _run(command)
 
 
 def _show(cfg: DictConfig, flags: dict[str, str]) -> None:
@@ -220,6 +248,17 @@ def _run(command: CommandLine) -> None:
             hydra.main(version_base="1.3", config_path=str(command.conf), config_name="config")(entry)()
     finally:
         sys.argv = typed
+
+
+def _search(checker: Checker, overrides: Sequence[str]) -> None:
+    """Its failed trials are results, told as they came; only a search that gives up has failed."""
+    global _driver_pid
+    from prefpipe.search import search
+
+    _driver_pid = os.getpid()
+    set_up_logging()
+    search(checker, overrides, entry)
+    _failures.clear()
 
 
 def _translate_config_dir(command: CommandLine) -> None:

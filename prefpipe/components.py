@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type)
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
-    kind: {} for kind in ("generator", "sampling", "scorer", "pairer", "loss", "task")
+    kind: {} for kind in ("generator", "sampling", "scorer", "pairer", "loss", "task", "tracking")
 }
 """kind → name → class; `<kind>=<name>` on the command line, `conf/<kind>/<name>.yaml` on disk."""
 

@@ -21,6 +21,7 @@ import prefpipe.pairers
 import prefpipe.sampling
 import prefpipe.scorers
 import prefpipe.tasks
+import prefpipe.tracking
 from prefpipe import settings
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
@@ -36,7 +37,7 @@ DATA_GROUPS: dict[str, type[Any]] = {
     "training": settings.TrainingConfig,
     "hardware": settings.HardwareConfig,
     "recipe": settings.RecipeConfig,
-    "tracking": settings.TrackingConfig,
+    "sweep": settings.SweepConfig,
     "paths": settings.PathsConfig,
 }
 
@@ -55,6 +56,7 @@ class RunConfig:
     inputs: settings.InputsConfig = field(default_factory=settings.InputsConfig)
     preview: settings.PreviewConfig = field(default_factory=settings.PreviewConfig)
     browse: settings.BrowseConfig = field(default_factory=settings.BrowseConfig)
+    launch: settings.LaunchConfig = field(default_factory=settings.LaunchConfig)
     model: settings.ModelConfig = MISSING
     data_mixer: settings.DataMixerConfig = MISSING
     generator: prefpipe.generators.Generator = MISSING
@@ -67,22 +69,32 @@ class RunConfig:
     task: dict[str, prefpipe.tasks.Task] = field(default_factory=dict)
     hardware: settings.HardwareConfig = MISSING
     recipe: settings.RecipeConfig = MISSING
-    tracking: settings.TrackingConfig = MISSING
+    sweep: settings.SweepConfig = field(default_factory=settings.SweepConfig)
+    tracking: prefpipe.tracking.Tracking = MISSING
     paths: settings.PathsConfig = MISSING
 
 
 def register_schemas() -> None:
     """Put every dataclass where `defaults:` in conf/ can find it, under schema/ (never listed as a choice)."""
-    for package in (prefpipe.generators, prefpipe.sampling, prefpipe.scorers, prefpipe.tasks):
+    for package in (prefpipe.generators, prefpipe.sampling, prefpipe.scorers, prefpipe.tasks, prefpipe.tracking):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-    store = ConfigStore.instance().store
-    store(name="run_schema", node=RunConfig)
+    _store(None, "run_schema", RunConfig)
     for name, cls in DATA_GROUPS.items():
-        store(group="schema", name=name, node=cls)
+        _store("schema", name, cls)
     for kind, classes in COMPONENTS.items():
         for name, cls in classes.items():
-            store(group=f"schema/{kind}", name=name, node=cls)
+            _store(f"schema/{kind}", name, cls)
+
+
+_stored: set[tuple[str | None, str, type]] = set()
+
+
+def _store(group: str | None, name: str, cls: type) -> None:
+    """Once for each class: making a config of a dataclass takes milliseconds."""
+    if (group, name, cls) not in _stored:
+        ConfigStore.instance().store(group=group, name=name, node=cls)
+        _stored.add((group, name, cls))
 
 
 def unknown_keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefpipe.errors import ConfigError, PrefpipeError
+from prefpipe.processes import tell_parent
 
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -48,8 +49,12 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except PrefpipeError as error:
+        tell_parent(error)
         print(f"prefpipe: error: {error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("prefpipe: interrupted; the same command again goes on from here", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        tell_parent(error)
+        raise

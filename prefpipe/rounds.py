@@ -136,6 +136,18 @@ def explicit_reference(inputs: InputsConfig) -> Path | None:
     return _model_folder("inputs.reference", inputs.reference, "a folder with a model") if inputs.reference else None
 
 
+def explicit_adapter(inputs: InputsConfig) -> Path:
+    """The folder of the adapter that inputs.checkpoint names: itself, or the `adapter` of a checkpoint."""
+    for folder in (Path(inputs.checkpoint or BASE), Path(inputs.checkpoint or BASE) / "adapter"):
+        if inputs.checkpoint is not None and (folder / "adapter_config.json").is_file():
+            return folder
+    given = "null" if inputs.checkpoint is None else inputs.checkpoint
+    raise ConfigError(
+        f"inputs.checkpoint={given} holds no adapter (adapter_config.json); stage=merge needs the folder of one, such "
+        f"as the folder adapter of a checkpoint of model.adapter=lora"
+    )
+
+
 def _model_folder(key: str, name: str, allowed: str) -> Path:
     path = Path(name)
     if not path.is_dir():
@@ -143,7 +155,7 @@ def _model_folder(key: str, name: str, allowed: str) -> Path:
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ConfigError(
             f"{key}={path} is an adapter without its model; give the checkpoint folder above it, whose weights have it "
-            f"merged in (elsewhere: peft's merge_and_unload)"
+            f"merged in, or make one: prefpipe stage=merge exp_name=NAME inputs.checkpoint={path}"
         )
     return path
 

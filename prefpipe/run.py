@@ -4,22 +4,24 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prefpipe import artifacts, rounds, tracking
+from prefpipe import artifacts, rounds
 from prefpipe.config import RunConfig, freeze, to_run_config
 from prefpipe.errors import ArtifactError, ConfigError
+from prefpipe.launch.attempts import EVALUATE_BASE, Unit, attempt_at
 from prefpipe.logs import log_to, say
 from prefpipe.pairers import Demonstrator
+from prefpipe.recorder import Recorder
 from prefpipe.rounds import BASE, Layout
 from prefpipe.settings import Stage
 
 log = logging.getLogger(__name__)
 
-READERS = ("analyze", "report", "preview", "browse")
+READERS = ("analyze", "report", "preview", "browse", "sync")
 """Stages that look at artifacts and make none."""
 
 
@@ -49,13 +51,23 @@ class Command:
     def layout(self) -> Layout:
         return Layout(Path(self.run.paths.runs) / self.run.exp_name, self.run.point, self.run.round)
 
+    @cached_property
+    def recorder(self) -> Recorder:
+        return Recorder(self.run, self.cfg, self.layout)
+
     def start(self) -> None:
         """Dispatch to the stage."""
         run, at = self.run, self.layout
         if run.plan:
-            self._print_plan()
+            from prefpipe.plan import plan_of
+
+            say(plan_of([self]))
             return
-        started = time.time()
+        with attempt_at(self.unit):
+            self._start(at)
+
+    def _start(self, at: Layout) -> None:
+        run, started = self.run, time.time()
         log_to(at.log_file(self._log_name))
         log.info("stage=%s exp_name=%s round=%d", run.stage.value, run.exp_name, run.round)
         if run.generator.shard is not None and run.stage in (Stage.evaluate, Stage.loop):
@@ -63,6 +75,23 @@ class Command:
                 f"generator.shard={run.generator.shard} would be ignored by stage={run.stage.value}, as only "
                 f"stage=generate samples in shards; drop it"
             )
+        if run.hardware.num_nodes > 1 and run.stage is not Stage.train:
+            raise ConfigError(
+                f"hardware.num_nodes={run.hardware.num_nodes} is for stage=train alone, and stage={run.stage.value} "
+                f"would run on each of the nodes; use hardware.num_nodes=1 there, and stage=train on its own"
+            )
+        self.recorder.start()
+        try:
+            self.dispatch()
+        except BaseException as error:
+            log.debug("stage=%s ended: %s: %s", run.stage.value, type(error).__name__, error, exc_info=True)
+            self.recorder.finish(error)
+            raise
+        self.recorder.finish(None)
+        log.info("stage=%s done in %.1f s", run.stage.value, time.time() - started)
+
+    def dispatch(self) -> None:
+        """Run the stage, and no more."""
         stages: dict[Stage, Callable[[], None]] = {
             Stage.prepare: self._prepare,
             Stage.generate: self._generate,
@@ -74,16 +103,20 @@ class Command:
             Stage.report: self._report,
             Stage.preview: self._preview,
             Stage.browse: self._browse,
+            Stage.merge: self._merge,
+            Stage.sync: self._sync,
             Stage.loop: self._loop,
         }
-        try:
-            stages[run.stage]()
-        except BaseException as error:
-            log.debug("stage=%s ended: %s: %s", run.stage.value, type(error).__name__, error, exc_info=True)
-            raise
-        if run.tracking.mlflow and run.stage in (Stage.train, Stage.evaluate):
-            tracking.send_to_mlflow(at.output("checkpoint"), at.output("evals"), run.tracking, self._flat())
-        log.info("stage=%s done in %.1f s", run.stage.value, time.time() - started)
+        stages[self.run.stage]()
+
+    @property
+    def unit(self) -> Unit:
+        """What is started, for the record of attempts."""
+        run, at = self.run, self.layout
+        sharded = run.stage is Stage.generate and run.generator.shard is not None
+        shard = f"{run.generator.shard}-of-{run.generator.num_shards}" if sharded else ""
+        base = run.stage is Stage.evaluate and run.inputs.checkpoint == BASE
+        return Unit(at.shared, at.point, at.round, EVALUATE_BASE if base else run.stage.value, shard)
 
     @property
     def _log_name(self) -> str:
@@ -231,6 +264,24 @@ class Command:
         for page in browse(at.browsable(run.inputs), at.root / "browse", settings=run.browse, seed=run.seed):
             say(str(page))
 
+    def _merge(self) -> None:
+        from prefpipe.stages.merge import merge
+
+        run = self.run
+        merge(
+            rounds.explicit_adapter(run.inputs),
+            self.layout.output("checkpoint"),
+            model=run.model,
+            base=self._base_model(),
+            hardware=run.hardware,
+            overwrite=run.overwrite,
+        )
+
+    def _sync(self) -> None:
+        from prefpipe.stages.sync import sync
+
+        sync(self.layout.root, tracking=self.run.tracking)
+
     def _loop(self) -> None:
         from prefpipe.stages.loop import loop
 
@@ -292,38 +343,11 @@ class Command:
         roots = (self.layout.root, self.layout.shared)
         return next(([root / "pairs"] for root in roots if artifacts.is_complete(root / "pairs")), [])
 
-    def _freeze_for_worker(self, inputs: dict[str, object]) -> Path:
+    def _freeze_for_worker(self, inputs: dict[str, object], name: str) -> Path:
         cfg = self.cfg.copy()
-        for name, value in inputs.items():
-            OmegaConf.update(cfg, f"inputs.{name}", value)
-        path = self.layout.round_folder / "train.yaml"
+        for key, value in inputs.items():
+            OmegaConf.update(cfg, f"inputs.{key}", value)
+        path = self.layout.round_folder / f"{name}.yaml"
         freeze(cfg, path)
+        self.recorder.training_begins()
         return path
-
-    def _flat(self) -> dict[str, Any]:
-        """The config as dotted keys and plain values, for trackers."""
-        return dict(tracking.flatten(OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)))
-
-    def _print_plan(self) -> None:
-        """What would run: the stages, where each writes, and whether that is there already."""
-        from prefpipe.stages.shards import shard_folder
-
-        run, at = self.run, self.layout
-        recipe = run.recipe
-        names = [*recipe.before, *recipe.stages, *recipe.after] if run.stage is Stage.loop else [run.stage.value]
-        outputs = {
-            "prepare": "prompts",
-            "generate": "completions",
-            "score": "scored",
-            "pair": "demonstrations" if isinstance(run.pairer, Demonstrator) else "pairs",
-            "train": "checkpoint",
-        }
-        print(f"run folder: {at.root}")
-        for name in names:
-            output = at.root / "prompts" if name == "prepare" else at.output(outputs.get(name, "evals"))
-            if name == "generate" and run.generator.shard is not None:
-                output = shard_folder(output, run.generator.shard, run.generator.num_shards)
-            state = "reads what is there" if name in READERS else str(output)
-            if name not in READERS:
-                state += " (there already)" if artifacts.is_complete(output) else " (to be made)"
-            print(f"  {name:<9} {state}")

@@ -29,6 +29,8 @@ class Stage(Enum):
     report = "report"
     preview = "preview"
     browse = "browse"
+    sync = "sync"
+    merge = "merge"
     loop = "loop"
 
 
@@ -43,9 +45,11 @@ class ModelConfig:
         encoder-decoder model without any reads the text of a prompt's one user turn.
     attention: the kernel; "auto" takes what the model's family and the device allow.
     adapter: "lora" (Hu et al. 2021, arXiv:2106.09685) or "dora" (Liu et al. 2024, arXiv:2402.09353) trains a small
-        addition to frozen weights; "none" trains all of them. The reference is the model with its adapter switched off.
-        A checkpoint holds the merged weights, and the adapter alone beside them, in adapter/. Training that goes on
-        from it starts a fresh adapter on the merged weights, which are its reference, too.
+        addition to frozen weights; "qlora" (Dettmers et al. 2023, arXiv:2305.14314) is lora on weights rounded to 4
+        bits (NF4, their scales rounded once more), an eighth of float32; "none" trains all of them. The reference is
+        the model with its adapter switched off, rounded as it is. A checkpoint holds the merged weights, and the
+        adapter alone beside them, in adapter/ (stage=merge makes the one of the other). Training that goes on from it
+        starts a fresh adapter on the merged weights, which are its reference, too.
     adapter_rank, adapter_alpha: its size, and its scale (the addition counts alpha / rank times); 16 and 32 by default.
     adapter_targets: names of linear layers; by default every one but the head.
     """
@@ -63,7 +67,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2"))
-        check_choice("model.adapter", self.adapter, ("none", "lora", "dora"))
+        check_choice("model.adapter", self.adapter, ("none", "lora", "dora", "qlora"))
         for key, default in (("adapter_rank", 16), ("adapter_alpha", 32.0)):
             value = getattr(self, key)
             if self.adapter == "none" and value is not None:
@@ -276,6 +280,23 @@ class TrainingConfig:
                 f"(SimPO issue 35: loss 0, then NaN)"
             )
 
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step and process: global_batch_size = micro_batch_size x this x world_size.
+
+        Raises ConfigError where that does not come out even.
+        """
+        at_once = self.micro_batch_size * world_size
+        if self.global_batch_size % at_once == 0:
+            return self.global_batch_size // at_once
+        low = self.global_batch_size // at_once * at_once
+        legal = [str(size) for size in (low, low + at_once) if size]
+        of_processes = f" x {world_size} processes = {at_once}" if world_size > 1 else ""
+        raise ConfigError(
+            f"training.global_batch_size={self.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size={self.micro_batch_size}{of_processes}; nearest legal "
+            f"{'values are' if len(legal) > 1 else 'value is'} {' and '.join(legal)}"
+        )
+
     def _check_moving_reference(self) -> None:
         for key, default in (("reference_alpha", 0.6), ("reference_steps", 512)):
             value = getattr(self, key)
@@ -379,20 +400,52 @@ class SelectionConfig:
 
 @dataclass
 class HardwareConfig:
-    """What to run on.
+    """What to ask for, and how training is spread over it.
 
     device: "auto" takes a GPU where there is one. precision: "auto" is bf16, fp16 on GPUs without it, fp32 on a CPU.
     num_threads: of each process on a CPU; null leaves it to torch.
+    num_nodes: machines; a launcher has to start this command on each of them, such as hydra/launcher=slurm_2x8.
+    gpus_per_node: training processes of a node, each with a GPU (on a CPU they talk by gloo); null: every visible GPU.
+    zero_stage: 0 keeps a whole copy in each process (DDP); DeepSpeed's ZeRO shards the optimizer (1), the gradients too
+        (2), the weights too (3).
+    node_rank, rendezvous: where no launcher says it, which of the nodes this is, and HOST:PORT at which they meet.
+    offload_optimizer, offload_params: keep them in the machine's memory; the second needs zero_stage=3.
     """
 
     name: str = MISSING
     device: str = "auto"
     precision: str = "auto"
     num_threads: int | None = None
+    num_nodes: int = 1
+    gpus_per_node: int | None = 1
+    node_rank: int | None = None
+    rendezvous: str | None = None
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_params: bool = False
 
     def __post_init__(self) -> None:
         check_choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
         check_choice("hardware.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        for key in ("num_nodes", "gpus_per_node"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"hardware.{key}={value} must be at least 1")
+        if self.node_rank is not None and not 0 <= self.node_rank < self.num_nodes:
+            raise ConfigError(
+                f"hardware.node_rank={self.node_rank} must be below hardware.num_nodes={self.num_nodes}, and 0 at least"
+            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"hardware.zero_stage={self.zero_stage} must be 0 (DDP), 1, 2 or 3")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ConfigError(
+                "hardware.offload_optimizer=true is DeepSpeed's, so hardware.zero_stage=0 would ignore it; set "
+                "hardware.zero_stage=2, or hardware=offload"
+            )
+        if self.offload_params and self.zero_stage != 3:
+            raise ConfigError(
+                f"hardware.offload_params=true needs sharded weights: set hardware.zero_stage=3, not {self.zero_stage}"
+            )
 
 
 @dataclass
@@ -421,13 +474,52 @@ class RecipeConfig:
 
 
 @dataclass
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl. mlflow_uri: null is sqlite:///mlflow.db in the working folder."""
+class SweepConfig:
+    """How a command with -m goes through the values that its keys are given.
 
-    name: str = MISSING
-    mlflow: bool = False
-    mlflow_uri: str | None = None
-    mlflow_experiment: str = "prefpipe"
+    name: "grid" runs every combination; "optuna" tries `trials` of them, chosen by what the earlier ones came to
+        (prefpipe/search.py). All else is the search's:
+    objective: TASK/METRIC of an evaluation, such as accuracy/accuracy; direction: "maximize" it, or "minimize".
+    space: key → values, as on the command line, where they may also stand: loss.beta=0.1,0.3,
+        training.learning_rate=tag(log,interval(1e-6,1e-5)), training.num_epochs=int(interval(1,3)); the ends belong to
+        an interval.
+    trials: the search ends with so many finished ones, those of earlier commands counted, failed ones not.
+    parallel: so many are launched at once, by hydra/launcher.
+    sampler: "tpe" (Bergstra et al. 2011, tree-structured Parzen estimator), or "random". seed: of its draws.
+    max_failures: a command that sees more failed trials gives up.
+    """
+
+    name: str = "grid"
+    objective: str | None = None
+    direction: str | None = None
+    space: Any = None
+    trials: int | None = None
+    parallel: int | None = None
+    sampler: str | None = None
+    seed: int | None = None
+    max_failures: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("sweep.name", self.name, ("grid", "optuna"))
+        defaults = {"direction": "maximize", "trials": 20, "parallel": 1, "sampler": "tpe", "seed": 0}
+        defaults |= {"max_failures": 3, "objective": None, "space": None}
+        for key, default in defaults.items():
+            value = getattr(self, key)
+            if self.name == "grid" and value is not None:
+                raise ConfigError(
+                    f"sweep.{key}={value} would be ignored with sweep=grid, which runs every combination; drop it, or "
+                    f"use sweep=optuna"
+                )
+            if self.name != "grid" and value is None:
+                setattr(self, key, default)
+        if self.name == "grid":
+            return
+        self.space = mapping("sweep.space", self.space, str)
+        check_choice("sweep.direction", str(self.direction), ("maximize", "minimize"))
+        check_choice("sweep.sampler", str(self.sampler), ("tpe", "random"))
+        for key, least in (("trials", 1), ("parallel", 1), ("max_failures", 0), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"sweep.{key}={getattr(self, key)} must be at least {least}")
 
 
 @dataclass
@@ -460,6 +552,23 @@ class InputsConfig:
     checkpoint: str | None = None
     reference: str | None = None
     reference_logps: str | None = None
+
+
+@dataclass
+class LaunchConfig:
+    """How the points of a sweep are given to Slurm; what each asks for is said by hydra/launcher=slurm_*.
+
+    detach: return once they are submitted; `prefpipe status` tells how they do, `prefpipe retry` repeats failed ones.
+    max_array_size: jobs of one array; null is Slurm's MaxArraySize. More points make several arrays, which share
+        hydra.launcher.array_parallelism.
+    """
+
+    detach: bool = False
+    max_array_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_array_size is not None and self.max_array_size < 1:
+            raise ConfigError(f"launch.max_array_size={self.max_array_size} must be at least 1")
 
 
 @dataclass

@@ -21,6 +21,27 @@ os.environ["PREFPIPE_CACHE"] = str(ROOT / ".cache" / "prefpipe")
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
+SLOWEST = (
+    "tests/test_kill.py",
+    "tests/smoke/",
+    "tests/test_readme.py",
+    "tests/test_extend.py",
+    "tests/test_cli.py",
+    "tests/test_tracking.py",
+    "tests/stages/test_shards.py",
+    "tests/training/test_sft.py",
+)
+"""They start many processes, and come first: xdist gives a file to one worker, and the last one would work alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, the others as they come."""
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(SLOWEST) if item.nodeid.startswith(name)), len(SLOWEST))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hydra
 import pytest
 from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf, open_dict, read_write
 
-from prefpipe import cli, suggest
+from prefpipe import artifacts, cli, suggest
 from prefpipe.check import Checker, leaf_keys, point_name
 from prefpipe.cli import main, parse
 from prefpipe.components import COMPONENTS
@@ -142,7 +144,8 @@ def test_a_mistake_is_one_line_with_its_remedy(prefpipe: Prefpipe, args: str, li
 
 def test_a_command_without_a_stage_is_told_the_stages(prefpipe: Prefpipe) -> None:
     line = refused(prefpipe("loss=simpo"))
-    assert "prepare, generate, score, pair, train, evaluate, analyze, report, preview, browse, loop" in line
+    assert "prepare, generate, score, pair, train, evaluate, analyze, report, preview, browse, " in line
+    assert "sync, merge, loop" in line
     assert "expected one of [prepare, generate" in refused(prefpipe("stage=trian"))
 
 
@@ -151,6 +154,32 @@ def test_keys_of_the_chosen_option_work_as_typed(prefpipe: Prefpipe) -> None:
     assert prefpipe("exp_name=my_target_x", "--cfg", "job", "-p", "exp_name").out == "my_target_x\n"
     columns = prefpipe("+data_mixer.columns.prompt=question", "--cfg", "job", "-p", "data_mixer.columns")
     assert columns.out == "prompt: question\n"
+
+
+SAME = [
+    ["stage=train"],
+    ["loss.gamma=0.5", "stage=train", "loss=simpo", "seed=3"],
+    ["stage=train", "++seed=4", "task=[accuracy,pass_at_k]", "task.pass_at_k.max_prompts=3"],
+    ["hydra.job.name=x", "seed=2", "hydra/launcher=submitit_local", "paths.runs=x"],
+    ["stage=prepare", "data_mixer.sources.g.split=test", "+source@data_mixer.sources.g=gsm8k"],
+    ["loss.beta=0.9", "loss={beta:0.7}", "stage=train"],
+    ["stage=train", "inputs.pairs=[a,b]", "+inputs.prompts=null"],
+]
+
+
+@pytest.mark.parametrize("overrides", SAME, ids=" ".join)
+def test_a_point_is_composed_as_hydra_composes_it(overrides: list[str]) -> None:
+    """Also when other points shared its files, and after one that was refused."""
+    checker = Checker(CONF_DIR, [CONF_DIR], "config", multirun=False)
+    with pytest.raises(ConfigError):
+        checker.compose([*overrides, "seed=none"])
+    first, again = (checker.compose(overrides)[0] for _ in range(2))
+    with checker.opened():
+        expected = hydra.compose("config", overrides, return_hydra_config=True)
+    with read_write(expected), open_dict(expected.hydra.job):
+        expected.hydra.job.num, expected.hydra.job.id = 0, "0"
+    assert OmegaConf.to_yaml(first) == OmegaConf.to_yaml(again) == OmegaConf.to_yaml(expected)
+    assert [OmegaConf.get_type(cfg.loss) for cfg in (first, again)] == [OmegaConf.get_type(expected.loss)] * 2
 
 
 def slips(key: str, rng: random.Random) -> str:
@@ -324,12 +353,15 @@ def test_a_run_that_cannot_find_its_input_exits_with_1(prefpipe: Prefpipe) -> No
     assert result.err.splitlines()[-1].startswith("prefpipe: error: ")
 
 
-def test_the_entry_survives_a_launcher_in_another_process(prefpipe: Prefpipe) -> None:
+def test_the_entry_survives_a_launcher_in_another_process(prefpipe: Prefpipe, tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(cli.entry)) is cli.entry
-    result = prefpipe("-m", "seed=1,2", "stage=train", "plan=true", "hydra/launcher=submitit_local")
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(9)))
+    data = ("data_mixer=files", "data_mixer.spec=rows.jsonl:1.0")
+    result = prefpipe("-m", "seed=1,2", "stage=prepare", *data, "hydra/launcher=submitit_local")
     assert result.code == 0, result
-    logs = sorted(Path("runs").glob("default/multirun/.submitit/*/*_log.out"))
-    assert [re.findall(r"points/(\S+)$", log.read_text(), re.M) for log in logs] == [["seed=1"], ["seed=2"]]
+    for seed in (1, 2):
+        (point,) = (tmp_path / "runs" / "default" / "points").glob(f"*seed={seed}-*")
+        assert artifacts.manifest(point / "prompts")["uses"]["seed"] == seed
 
 
 # Hostile configs

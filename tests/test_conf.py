@@ -31,9 +31,10 @@ register_schemas()
 @cache
 def composed(group: str, option: str) -> DictConfig:
     """The default config with one option chosen, checked like a command."""
-    checker = Checker(CONF_DIR, [CONF_DIR], "config", multirun=group == LAUNCHERS)
+    checker = Checker(CONF_DIR, [CONF_DIR], "config", multirun=group in (LAUNCHERS, "sweep"))
     choice = f"+source@data_mixer.sources.{option}={option}" if group == "source" else f"{group}={option}"
     stage = [] if group == "experiment" else ["stage=train"]
+    stage += ["hardware.num_nodes=2"] if option == "slurm_2x8" else []
     if (group, option) == ("source", "arithmetic"):
         choice = "data_mixer=arithmetic"
     (cfg,) = checker.check([*stage, choice])

@@ -180,6 +180,61 @@ def test_a_source_of_unusual_rows_is_one_function_and_one_yaml(copy, rows_file):
     assert artifacts.manifest(run / "prompts")["sources"]["toy"]["format"] == "toy"
 
 
+def test_a_tracker_is_one_class_and_one_yaml(copy, rows_file):
+    """What it is told of a training run, told by its own process, is written to a file."""
+    copy.append(
+        "prefpipe/tracking/toy.py",
+        '''
+        """A file as a tracker."""
+
+        import json
+        from collections.abc import Mapping, Sequence
+        from dataclasses import dataclass
+
+        from prefpipe.components import register
+        from prefpipe.tracking import Row, Sink
+        from prefpipe.tracking.records import Record
+
+
+        @register("tracking")
+        @dataclass
+        class Toy(Sink):
+            """Appends every call to a file."""
+
+            name: str = "toy"
+            file: str = "toy.jsonl"
+
+            def _append(self, *call: object) -> None:
+                with open(self.file, "a") as lines:
+                    lines.write(json.dumps(call) + "\\n")
+
+            def open(self, record: Record, parent: str | None) -> str:
+                return record.name
+
+            def describe(self, run: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+                self._append("describe", run, params["loss.beta"])
+
+            def log(self, run: str, rows: Sequence[Row], time: int) -> None:
+                self._append("log", run, [[row.step, row.values["train/loss"]] for row in rows])
+
+            def set_status(self, run: str, status: str, time: int) -> None:
+                self._append("status", run, status)
+        ''',
+    )
+    copy.append("conf/tracking/toy.yaml", "defaults:\n  - /schema/tracking@_here_: toy\n  - _self_\n")
+    file = rows_file(*({"prompt": f"{i} + 2?", "chosen": f"#### {i + 2}", "rejected": "#### 1"} for i in range(8)))
+    copy.run("stage=prepare", "data_mixer=files", f"data_mixer.spec={file}:1.0", "data_mixer.heldout_fraction=0")
+    settings = ("training=debug", "training.max_steps=2", "hardware=cpu", "hardware.num_threads=1")
+    copy.run("stage=train", "loss.beta=0.3", *settings, "tracking=toy", "tracking.file=told.jsonl")
+    calls = [orjson.loads(line) for line in (copy.folder / "told.jsonl").read_bytes().splitlines()]
+    assert ["describe", "default", "0.3"] in calls
+    assert calls[-1] == ["status", "default", "FINISHED"]
+    metrics = (copy.runs / "default" / "round_0" / "checkpoint" / "metrics.jsonl").read_bytes().splitlines()
+    rows = [orjson.loads(line) for line in metrics]
+    told = [row for call in calls if call[0] == "log" for row in call[2]]
+    assert told == [[row["step"], row["train/loss"]] for row in rows]
+
+
 def test_help_lists_what_was_added(copy):
     copy.append("conf/loss/toy.yaml", "defaults:\n  - dpo\n  - _self_\nbeta: 0.05\n")
     assert {"dpo*", "toy"} <= set(copy.run("--help").split())

@@ -12,18 +12,34 @@ PACKAGE = Path(__file__).parents[1] / "prefpipe"
 # The lower a layer, the fewer it may know. A name stands for its submodules too, unless they are named themselves.
 LAYERS: list[set[str]] = [
     {"", "errors", "records", "components", "settings", "logps", "answers", "statistics", "logs", "processes"}
-    | {"progress", "files", "provenance", "calculator", "annotations", "verdicts", "citations", "words"},
+    | {"progress", "files", "provenance", "calculator", "annotations", "verdicts", "citations", "words", "torchrun"},
     {"losses", "pairers", "generators", "tasks", "sources", "prompts", "artifacts", "models", "tracking", "tiny_model"}
-    | {"grouping", "api", "reward_models", "vllm_engine"},
+    | {"grouping", "api", "reward_models", "vllm_engine", "documents", "equivalence", "memory", "ladder"},
     {"training", "sampling"},
-    {"scorers", "scoring_models", "pair_rankers"},
-    {"stages", "rounds", "report"},
-    {"config", "suggest", "check", "run", "cli", "worker", "training.worker", "__main__"},
+    {"scorers", "scoring_models", "pair_rankers", "judging"},
+    {"stages", "rounds", "report", "launch", "trials"},
+    {
+        "launch.sweep",
+        "launch.slurm",
+        "config",
+        "suggest",
+        "check",
+        "run",
+        "plan",
+        "recorder",
+        "search",
+        "search_space",
+        "cli",
+        "worker",
+        "training.worker",
+        "__main__",
+    },
 ]
 DOOR = LAYERS[-1]
 KINDS = ["losses", "pairers", "generators", "scorers", "tasks"]
 
-HEAVY = {"torch", "transformers", "vllm", "deepspeed", "mlflow", "accelerate", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "vllm", "deepspeed", "mlflow", "accelerate", "datasets", "matplotlib", "wandb"}
+HEAVY |= {"optuna", "bitsandbytes"}
 MAY_BE_HEAVY = {"training", "models", "tiny_model", "report.figures", "scoring_models", "pair_rankers"}
 MAY_BE_HEAVY |= {"vllm_engine.calculator"}
 

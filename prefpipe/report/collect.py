@@ -118,7 +118,7 @@ def _load(path: Path, name: str, point: str) -> Run:
     for place in (*SHARED, *(f"round_{r}/{place}" for r in run.rounds for place in IN_ROUND)):
         _load_artifact(run, place)
     for artifact in run.artifacts.values():
-        run.problems += _parent_problems(artifact)
+        run.problems += parent_problems(artifact)
     for moment in ("base", *(f"round_{r}" for r in run.rounds)):
         _load_evals(run, moment)
     run.loop = _load_loop(run)
@@ -140,7 +140,7 @@ def _load_artifact(run: Run, place: str) -> None:
         run.problems.append(Problem("failed", place, f"cannot be read: {error}"))
 
 
-def _parent_problems(artifact: Artifact) -> Iterator[Problem]:
+def parent_problems(artifact: Artifact) -> Iterator[Problem]:
     """Inputs that changed or went away since."""
     for name, entries in artifact.manifest.get("parents", {}).items():
         for entry, path in zip(entries, artifact.inputs(name), strict=False):

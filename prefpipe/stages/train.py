@@ -1,11 +1,10 @@
 """pairs → checkpoint. The work is done by a process of its own, which ends with all its memory."""
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from prefpipe import artifacts, models
+from prefpipe import artifacts, models, torchrun
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ConfigError
 from prefpipe.files import sha256_of
@@ -30,7 +29,7 @@ def train(
     selection: SelectionConfig,
     hardware: HardwareConfig,
     seed: int,
-    freeze: Callable[[dict[str, object]], Path],
+    freeze: Callable[[dict[str, object], str], Path],
     reference_logps: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -39,17 +38,12 @@ def train(
     Args:
         data: "pairs", and for a loss that reads but one side "demonstrations" → artifacts.
         policy, reference: folders of weights.
-        freeze: writes the run's config with these inputs filled in, and returns its path.
+        freeze: writes the run's config with these inputs filled in under a name, and returns its path.
         reference_logps: a CSV of sums that stands in for the reference; see training/reference_csv.py.
     """
-    if training.global_batch_size % training.micro_batch_size:
-        low = training.global_batch_size // training.micro_batch_size * training.micro_batch_size
-        legal = [size for size in (low, low + training.micro_batch_size) if size]
-        raise ConfigError(
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size={training.micro_batch_size}; nearest legal values are "
-            f"{' and '.join(map(str, legal))}"
-        )
+    world_size = hardware.num_nodes * torchrun.processes_per_node(hardware)
+    training.accumulation(world_size)
+    _check_hardware(hardware, training, loss, world_size)
     whole = training.global_batch_size == training.micro_batch_size and training.micro_batch_tokens is None
     if loss.batch_wise and not whole:
         raise ConfigError(
@@ -63,6 +57,11 @@ def train(
             f"selection.apply=sampling"
         )
     _check_reference(loss, training, reference_logps)
+    if model.adapter == "qlora" and hardware.zero_stage == 3:
+        raise ConfigError(
+            "model.adapter=qlora with hardware.zero_stage=3: ZeRO-3 shards weights, and 4-bit ones are not cut; use "
+            "hardware=zero2, or model.adapter=lora"
+        )
     if model.adapter != "none" and training.reference == "moving" and reference != policy:
         raise ConfigError(
             f"training.reference=moving moves a copy of the adapter of model.adapter={model.adapter}, so it starts at "
@@ -79,18 +78,42 @@ def train(
         "seed": seed,
     }
     uses |= {"reference_logps": sha256_of(reference_logps)} if reference_logps else {}
+    folders = {name: [str(path) for path in paths] for name, paths in data.items()}
+
+    def run_training(work: Path) -> None:
+        name = f"train-node-{node}" if node else "train"
+        config = freeze({**folders, "checkpoint": str(policy), "reference": str(reference)}, name)
+        arguments = [str(config), "--work", str(work), "--world-size", str(world_size)]
+        command = torchrun.command(hardware, "prefpipe.training.worker", arguments)
+        run_process(command, "training", environment=torchrun.environment(hardware))
+
+    node = torchrun.node_rank(hardware)
+    if node:  # the first node publishes
+        if overwrite or not artifacts.is_complete(out):
+            run_training(artifacts.partial_path(out))
+        return
     with artifacts.draft(out, Plan("train", SCHEMA, uses=uses, parents=data), overwrite=overwrite) as draft:
         if draft.is_current:
             return
-        folders = {name: [str(path) for path in paths] for name, paths in data.items()}
-        config = freeze({**folders, "checkpoint": str(policy), "reference": str(reference)})
-        run_process(
-            [sys.executable, "-m", "prefpipe.training.worker", str(config), "--work", str(draft.work)], "training"
-        )
+        run_training(draft.work)
         shutil.rmtree(draft.work / "state", ignore_errors=True)
         (draft.work / "reference_logps.safetensors").unlink(missing_ok=True)
         names = [str(file.relative_to(draft.work)) for file in sorted(draft.work.rglob("*")) if file.is_file()]
         draft.add_files(name for name in names if Path(name).parts[0] not in SCRATCH and not name.endswith(".tmp"))
+
+
+def _check_hardware(hardware: HardwareConfig, training: TrainingConfig, loss: Loss, world_size: int) -> None:
+    """Refuse what cannot be spread over processes."""
+    if loss.batch_wise and world_size > 1:
+        raise ConfigError(
+            f"loss={loss.name} compares the pairs of a batch with each other, so they cannot be spread over "
+            f"{world_size} processes; use hardware.gpus_per_node=1 and hardware.num_nodes=1"
+        )
+    if hardware.zero_stage == 3 and training.reference == "moving":
+        raise ConfigError(
+            "training.reference=moving mixes whole weights, of which hardware.zero_stage=3 leaves each process but a "
+            "part; use hardware=zero2"
+        )
 
 
 def _check_reference(loss: Loss, training: TrainingConfig, reference_logps: Path | None) -> None:
