@@ -27,11 +27,11 @@ from benchmarks.profiles import LENGTHS_HH, SHAPES, Profile, build_model, make_p
 from benchmarks.sides import SEED
 from prefpipe import models
 from prefpipe.losses import DPO, Loss, SimPO
-from prefpipe.memory import Lengths, Memory, Setting, estimate, micro_batch, read_shape, resolved
+from prefpipe.memory import Lengths, Memory, Setting, estimate, read_shape, resolved
 from prefpipe.prompts import ChatTemplate
 from prefpipe.records import Pair
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
-from prefpipe.training.batches import encode
+from prefpipe.training.batches import data_order, encode, micro_batches
 from prefpipe.training.loop import Job, train
 
 NUM_STEPS = 2
@@ -100,14 +100,22 @@ def job(case: Case, folder: Path, work: Path, *, gpu: bool) -> Job:
 
 
 def predicted(task: Job, folder: Path) -> Memory:
-    """Of the largest micro-batch that the run can make of its pairs."""
+    """Of the micro-batch of the run that takes most; before the first of a step there are no gradients yet."""
     tokenizer = models.load_tokenizer(task.model, folder)
     template = ChatTemplate(tokenizer, models.stop_token_ids(tokenizer, folder))
     pairs: list[Pair] = list(task.pairs)  # type: ignore[arg-type]
     examples, _ = encode(pairs, template, task.training, pairwise=task.loss.pairwise)
-    lengths = micro_batch((Lengths(len(e.prompt), len(e.chosen), len(e.rejected)) for e in examples), task.training)
-    hardware = resolved(task.hardware, num_gpus=1)
-    return estimate(Setting(read_shape(folder), hardware, task.training, task.loss, task.model, lengths))
+    size = task.training.global_batch_size
+    order = list(data_order(len(examples), NUM_STEPS * size, task.seed))
+    found = []
+    for step in range(NUM_STEPS):
+        batches = micro_batches(examples, order[step * size : (step + 1) * size], task.training)
+        for number, batch in enumerate(batches):
+            lengths = [Lengths(*map(len, examples[i][1:4])) for i in batch]
+            training = task.training if number else replace(task.training, global_batch_size=len(batch))
+            hardware = resolved(task.hardware, num_gpus=1)
+            found.append(Setting(read_shape(folder), hardware, training, task.loss, task.model, lengths))
+    return max(map(estimate, found), key=lambda memory: memory.total)
 
 
 def measure(name: str, folder: Path, *, gpu: bool, heap: bool) -> int:

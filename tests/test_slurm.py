@@ -241,7 +241,7 @@ def test_what_scancel_ends_is_cancelled_and_retry_finishes_it(place):
     until(lambda: {of(statuses(place.run("stopped")), u.point).kind for u in units} == {"cancelled"}, 120, "cancelled")
     assert trainers(place, "stopped") == []
     place.call("retry", "runs/stopped", "--only=cancelled")
-    until(lambda: {of(statuses(place.run("stopped")), u.point).state for u in units} == {"done"}, 300, "done")
+    until(lambda: {of(statuses(place.run("stopped")), u.point).state for u in units} == {"done"}, 600, "done")
     assert [len(unit.attempts()) for unit in units] == [2, 1]
 
 
@@ -288,6 +288,6 @@ def test_the_script_of_two_nodes_starts_one_agent_on_each(slurm, tmp_path):
         "signal": "USR2@300",
     }
     assert (flags["cpus-per-task"], flags["mem"], flags["time"], flags["requeue"]) == ("96", "900GB", "1440", "")
-    command = text.splitlines()[-2]
+    command = text.splitlines()[-1]
     assert command.startswith("srun --unbuffered --output ")
     assert f"{sys.executable} -u -m submitit.core._submit" in command

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from prefpipe import artifacts, models, torchrun
+from prefpipe import artifacts, ladder, models, torchrun
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ConfigError
 from prefpipe.files import sha256_of
@@ -85,7 +85,11 @@ def train(
         config = freeze({**folders, "checkpoint": str(policy), "reference": str(reference)}, name)
         arguments = [str(config), "--work", str(work), "--world-size", str(world_size)]
         command = torchrun.command(hardware, "prefpipe.training.worker", arguments)
-        run_process(command, "training", environment=torchrun.environment(hardware))
+        attempt = ladder.Attempt(
+            work, policy, model, loss, training, hardware, reference == policy, reference_logps is not None
+        )
+        with attempt.watched():
+            run_process(command, "training", environment=torchrun.environment(hardware))
 
     node = torchrun.node_rank(hardware)
     if node:  # the first node publishes

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefpipe import models
+from prefpipe import ladder, models
 from prefpipe.errors import DataError
 from prefpipe.files import write_json
 from prefpipe.losses import Loss, PairScores
@@ -98,6 +98,7 @@ def train(job: Job) -> None:
     counts += selected.counts
     if parallel.is_first:
         write_json(work / "data_counts.json", dict(counts))
+        ladder.remember_longest(work, ((len(e.prompt), len(e.chosen), len(e.rejected)) for e in examples), training)
     num_steps, num_drawn = run_length(len(examples), training)
     log.info("%s, %d steps, %d examples %s", loss.describe(), num_steps, len(examples), dict(counts))
     data = hashlib.sha256(b"".join(key for e in examples for key in e.keys)).hexdigest()
