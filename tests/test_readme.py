@@ -37,7 +37,7 @@ def test_every_command_of_the_readme_runs(cli, tmp_path):
 
 def test_every_make_target_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"make ([a-z][a-z0-9-]+)", README))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]+)", README, flags=re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 
 
