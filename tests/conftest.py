@@ -1,9 +1,10 @@
 """What many tests share: where things are, a tiny model, and the command line as a user has it."""
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((n for n, name in enumerate(SLOWEST) if item.nodeid.startswith(name)), len(SLOWEST))
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_file_outlives_its_test() -> Iterator[None]:
+    """A stage that runs in this process opens one; the next thousand tests would write into it, too."""
+    logger = logging.getLogger("prefpipe")
+    before = list(logger.handlers)
+    yield
+    for handler in logger.handlers[:]:
+        if handler not in before:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture(scope="session")
