@@ -26,11 +26,12 @@ from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.losses import PairScores
-from prefpipe.settings import TrainingConfig
+from prefpipe.settings import HardwareConfig, TrainingConfig
 from prefpipe.training import adapters, attention
 from prefpipe.training.batches import Example
 from prefpipe.training.engine import Engine, Frozen, choose_engine
 from prefpipe.training.head import Head
+from prefpipe.training.parallel import Parallel
 from prefpipe.training.reference import FixedReference, OnlineReference, Reference, cached_values, whole_model
 from prefpipe.training.reference_cache import ReferenceCache
 from prefpipe.training.reference_keys import completion_key
@@ -155,7 +156,10 @@ def reference_of(kind: str, family: str, engine: Engine, rows: list[Example], fo
         return OnlineReference(Frozen(net), rows, engine)
     cache = ReferenceCache(folder, weights=family, precision="fp64")
     training = TrainingConfig(micro_batch_size=2)
-    values = cached_values(net, rows, engine, cache=cache, training=training, snapshot=folder / "run.safetensors")
+    alone = Parallel(HardwareConfig(name="cpu", device="cpu", precision="fp32"), training, CPU)
+    values = cached_values(
+        net, rows, engine, cache=cache, training=training, snapshot=folder / "run.safetensors", parallel=alone
+    )
     return FixedReference.of_values(values, CPU)
 
 
