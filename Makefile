@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev,lora,qlora,deepspeed,eval,smollm2
 # pip's own configuration may name a folder with a CPU build of torch; uv has to be told.
 FIND_LINKS = $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
-UV := DS_BUILD_OPS=0 UV_CACHE_DIR=.cache/uv $(BIN)/uv pip install --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
+UV := DS_BUILD_OPS=0 UV_CACHE_DIR=.cache/uv $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
 WITH_SHARED_STATE := PREFPIPE_CACHE=$(CURDIR)/.cache/prefpipe TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions
+
+# Without bytecode every process compiles torch and transformers anew, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration test-vllm soak bench check lint types smoke format lock
