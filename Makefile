@@ -13,7 +13,7 @@ WITH_SHARED_STATE := PREFPIPE_CACHE=$(CURDIR)/.cache/prefpipe TORCH_EXTENSIONS_D
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration test-vllm soak bench check lint types smoke format lock
+.PHONY: help setup demo demo-seeds tiny-model smollm2 test test-integration test-slurm test-vllm soak bench check lint types smoke format lock
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -43,7 +43,10 @@ test: smollm2 ## Every test that a CPU can run
 	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not soak and not integration'
 
 test-integration: setup ## Tests that need system packages or an environment of their own
-	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak and not vllm'
+	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak and not slurm and not vllm'
+
+test-slurm: setup ## A real Slurm of one node: arrays, failures, time-outs, scancel, retry
+	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'slurm and not soak' tests/test_slurm.py
 
 test-vllm: setup ## vLLM's own CPU build, installed into .cache by the tests: offline, killed, and as a server
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m vllm tests/test_vllm.py

@@ -25,7 +25,7 @@ from prefpipe.launch.status import Status, statuses
 ROOT = Path(__file__).resolve().parents[1]
 DEV_SLURM = ROOT / "launchers" / "dev_slurm.sh"
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slurm]
 
 TRAIN = ["stage=train", "debug=tiny", "hydra/launcher=slurm_cpu", "inputs.pairs=runs/default/pairs"]
 SWEEP = ["-m", *TRAIN, "loss=dpo,simpo,ipo", "seed=0,1"]

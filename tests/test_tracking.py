@@ -479,7 +479,12 @@ def _damaged(folder: Path, port: int) -> Iterator[str]:
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "fault",
-    [_silent, _failing(500), _failing(429), _failing(404), _failing(200), _locked, _read_only, _damaged],
+    [
+        _silent,
+        _failing(500),
+        *(pytest.param(fault, marks=pytest.mark.soak) for fault in (_failing(429), _failing(404), _failing(200))),
+        *(pytest.param(fault, marks=pytest.mark.soak) for fault in (_locked, _read_only, _damaged)),
+    ],
     ids=["silent", "500", "429", "404", "html", "locked", "read_only", "damaged"],
 )
 def test_a_tracker_that_fails_changes_no_weight_and_loses_nothing(cli, tmp_path, pairs_file, untracked, fault):
