@@ -43,7 +43,7 @@ test: smollm2 ## Every test that a CPU can run
 	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not soak and not integration'
 
 test-integration: setup ## Tests that need system packages or an environment of their own
-	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'integration and not soak and not slurm and not vllm'
+	$(WITH_SHARED_STATE) $(BIN)/pytest -n auto --dist loadfile -m 'integration and not soak and not slurm and not vllm'
 
 test-slurm: setup ## A real Slurm of one node: arrays, failures, time-outs, scancel, retry
 	$(WITH_SHARED_STATE) $(BIN)/pytest -m 'slurm and not soak' tests/test_slurm.py
