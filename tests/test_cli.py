@@ -459,12 +459,13 @@ def test_version_is_prefpipes_own(prefpipe: Prefpipe) -> None:
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     """The signal comes while the 1000 points of a sweep are checked, or run, which takes a minute or more."""
-    command = [sys.executable, "-m", "prefpipe", "-m", "stage=train", "seed=range(1000)"]
+    # A shell has what it starts in the background ignore the signal, this test perhaps among it.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "prefpipe"]
+    command += ["-m", "stage=train", "seed=range(1000)"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seconds = 5.0
     for _ in range(6):  # Python drops an interrupt that falls into a destructor or a callback
         with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(seconds)
+            run.wait(5)
             break
         run.send_signal(signal.SIGINT)
     try:
