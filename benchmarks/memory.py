@@ -43,11 +43,19 @@ def memory_figures(profile: str, folder: Path, **options: Any) -> dict[str, Any]
 
 
 def measure(
-    side: str, profile: str, folder: Path, *, batching: str = "auto", threads: int | None = None, gpu: bool = False
+    side: str,
+    profile: str,
+    folder: Path,
+    *,
+    batching: str = "auto",
+    threads: int | None = None,
+    lora_rank: int | None = None,
+    gpu: bool = False,
 ) -> dict[str, int]:
     """before, peak and training of one side. SystemExit with its error where it fails."""
     command = [sys.executable, "-m", "benchmarks.memory", side, profile, str(folder), "--batching", batching]
     command += [] if threads is None else ["--threads", str(threads)]
+    command += [] if lora_rank is None else ["--lora-rank", str(lora_rank)]
     command += ["--gpu"] if gpu else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
@@ -102,11 +110,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="weights and tokenizer")
     parser.add_argument("--batching", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     profile = replace(named_profile(args.profile, gpu=args.gpu), num_steps=NUM_STEPS)
     watch = Watch(gpu=args.gpu)
-    SIDES[args.side](Race(profile, args.folder, threads=args.threads, batching=args.batching, gpu=args.gpu))
+    options = {"threads": args.threads, "batching": args.batching, "lora_rank": args.lora_rank, "gpu": args.gpu}
+    SIDES[args.side](Race(profile, args.folder, **options))
     print(json.dumps({"before": watch.before, "peak": watch.peak, "training": watch.peak - watch.before}))
 
 

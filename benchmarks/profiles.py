@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(32, 2, 2, 2, 64, 256),
+    "tiny_lora": Shape(32, 2, 2, 2, 64, 256, lora_rank=4),
     "7m": Shape(256, 4, 4, 4, 672, 8192),
     "7m_v32k": Shape(256, 4, 4, 4, 672, 32_000),
     "1b": Shape(2048, 16, 32, 8, 8192, 128_256, tied=True),

@@ -33,6 +33,8 @@ from prefpipe.training.loop import Job, train
 SEED = 0
 BETA = {"dpo": 0.1, "simpo": 2.0}
 SIMPO_GAMMA = 1.0
+LORA_SCALE = 2
+"""Alpha over rank."""
 REFERENCES = ("cached", "online")
 
 
@@ -55,6 +57,7 @@ class Race:
     folder: weights and tokenizer. threads: None leaves it to torch.
     batching, head, micro_batch_size: of our side; a micro-batch is the whole batch where None.
     cache: of our side's reference, kept between runs; None is a new one for each run.
+    lora_rank: adapters of that rank on every linear layer but the head are trained; None trains all weights.
     every_loss: record TRL's loss at each step, not only the mean.
     """
 
@@ -67,6 +70,7 @@ class Race:
     micro_batch_size: int | None = None
     cache: Path | None = None
     learning_rate: float = 1e-4
+    lora_rank: int | None = None
     gpu: bool = False
     every_loss: bool = False
 
@@ -90,7 +94,12 @@ class Race:
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(name="benchmark", path=str(self.folder))
+        if self.lora_rank is None:
+            return ModelConfig(name="benchmark", path=str(self.folder))
+        alpha = float(LORA_SCALE * self.lora_rank)
+        return ModelConfig(
+            name="benchmark", path=str(self.folder), adapter="lora", adapter_rank=self.lora_rank, adapter_alpha=alpha
+        )
 
     @property
     def loss(self) -> Loss:
@@ -210,6 +219,16 @@ def _trl_trainer(race: Race, scratch: Path) -> tuple[Any, list[float]]:
         for pair in map(race.pairs.__getitem__, race.order)
     ]
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": AutoTokenizer.from_pretrained(race.folder)}
+    if race.lora_rank is not None:
+        from peft import LoraConfig
+
+        data["peft_config"] = LoraConfig(
+            r=race.lora_rank,
+            lora_alpha=LORA_SCALE * race.lora_rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
     clock, seconds = _clock(race.gpu)
     if race.profile.loss == "simpo":
         from trl.experimental.cpo import CPOConfig, CPOTrainer

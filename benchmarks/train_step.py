@@ -12,7 +12,7 @@ peak_memory_ratio (ours / TRL's, so below 1 is less) is measured with a vocabula
 --sweep adds what a sweep saves by sharing its reference cache, without TRL.
 
 --gpu needs a CUDA machine: Llama-3.2-1B's shape with random weights, bf16 autocast, peak memory of the same shape, and
-`mfu`, what our side executes of the GPU's peak FLOPs.
+`mfu`, what our side executes of the GPU's peak FLOPs. --shape 8b_lora trains adapters on Llama-3.1-8B's shape.
 """
 
 import argparse
@@ -83,6 +83,7 @@ def against_trl(name: str, race: Race, *, repeats: int, warm_up: bool) -> Compar
         target=race.profile.target if race.reference == "cached" else None,
         threads=race.threads,
         details={"batching": race.batching, "steps": race.profile.num_steps, "pairs": race.profile.batch_size}
+        | ({} if race.lora_rank is None else {"lora_rank": race.lora_rank})
         | padding(lengths, race.profile.batch_size),
     )
 
@@ -182,17 +183,34 @@ def run(
     """
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     rows: list[Comparison] = []
+    lora_rank = SHAPES[shape].lora_rank
     with built(SHAPES["tiny"]) as tiny, built(SHAPES[shape]) as folder:
         for loss in dict.fromkeys(named_profile(name, gpu=gpu).loss for name in profiles):
             worst = gate(
-                Race(GATES[loss], tiny, threads[0], batching=batching, gpu=gpu, learning_rate=GATE_LEARNING_RATE)
+                Race(
+                    GATES[loss],
+                    tiny,
+                    threads[0],
+                    batching=batching,
+                    lora_rank=lora_rank,
+                    gpu=gpu,
+                    learning_rate=GATE_LEARNING_RATE,
+                )
             )
             print(f"gate {loss}: {GATES[loss].num_steps + 1} losses agree, the largest relative difference {worst:.1e}")
         for name in profiles:
             profile = named_profile(name, gpu=gpu)
             figures = _memory(name, memory_shape, threads[0], batching=batching, gpu=gpu)
             for number in threads:
-                race = Race(profile, folder, number, batching=batching, micro_batch_size=micro_batch_size, gpu=gpu)
+                race = Race(
+                    profile,
+                    folder,
+                    number,
+                    batching=batching,
+                    micro_batch_size=micro_batch_size,
+                    lora_rank=lora_rank,
+                    gpu=gpu,
+                )
                 for reference in references if race.loss.needs_reference else ("cached",):
                     row = against_trl(name, replace(race, reference=reference), repeats=repeats, warm_up=warm_up)
                     if reference == "cached":
@@ -206,7 +224,8 @@ def run(
                     rows.append(against_unshared(name, race, unshared, repeats=repeats, warm_up=warm_up))
         if sweep_profile:
             profile = replace(named_profile(sweep_profile, gpu=gpu), num_steps=SWEEP_STEPS - 1)
-            rows.append(sweep(Race(profile, folder, threads[0], batching=batching, gpu=gpu), repeats=repeats))
+            race = Race(profile, folder, threads[0], batching=batching, lora_rank=lora_rank, gpu=gpu)
+            rows.append(sweep(race, repeats=repeats))
     return rows
 
 
@@ -214,14 +233,13 @@ def _memory(name: str, shape: str | None, threads: int | None, *, batching: str,
     if shape is None:
         return {}
     with built(SHAPES[shape]) as folder:
-        return {"shape": shape} | memory_figures(name, folder, batching=batching, threads=threads, gpu=gpu)
+        options = {"batching": batching, "threads": threads, "lora_rank": SHAPES[shape].lora_rank, "gpu": gpu}
+        return {"shape": shape} | memory_figures(name, folder, **options)
 
 
 @contextlib.contextmanager
 def built(shape: Shape) -> Iterator[Path]:
     """A folder with a model of that shape, removed afterwards."""
-    if shape.lora_rank is not None:
-        raise SystemExit("our training loop has no LoRA yet, so shapes with lora_rank cannot be compared")
     with tempfile.TemporaryDirectory(prefix="bench-model-") as scratch:
         yield build_model(shape, Path(scratch))
 

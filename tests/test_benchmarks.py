@@ -107,6 +107,17 @@ def test_train_step_against_trl() -> None:
 
 
 @needs_trl
+def test_adapters_against_trl() -> None:
+    from benchmarks import train_step
+
+    (row,) = train_step.run(
+        ["tiny"], threads=[1], repeats=1, shape="tiny_lora", memory_shape=None, batching="shared", warm_up=False
+    )
+    assert row.ratio > 0
+    assert row.details["lora_rank"] == 4
+
+
+@needs_trl
 def test_sides_that_train_on_other_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import sides
     from benchmarks.profiles import TINY, build_model
