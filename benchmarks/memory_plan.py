@@ -1,4 +1,4 @@
-"""What prefpipe/memory.py predicts of training against what processes take, each setting in a process of its own.
+"""What prefpipe/memory predicts of training against what processes take, each setting in a process of its own.
 
 Bytes are of resident sets (Linux). Compared is the peak from the first forward pass with gradients to the last
 optimizer step (VmHWM, see benchmarks/memory.py) less what the process held before it loaded the weights: Python and its

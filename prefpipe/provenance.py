@@ -1,11 +1,16 @@
-"""What a result was made with: versions and the state of the checkout."""
+"""What a result was made with and by whom: versions, the state of the checkout, this process."""
 
+import os
 import platform
+import socket
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from prefpipe.files import now
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "hydra-core", "vllm", "deepspeed")
 
@@ -38,3 +43,14 @@ def git_state() -> dict[str, Any]:
         return {"git": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return {"git": None, "git_dirty": None}
+
+
+def lock_holder() -> dict[str, Any]:
+    """This process, as the file beside a lock names it to those who wait."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def describe_holder(holder: Mapping[str, Any]) -> str:
+    """A `lock_holder` in words."""
+    job = f", Slurm job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}{job}"

@@ -156,6 +156,15 @@ def test_filtered_and_quarantined_rows_are_counted_by_reason(tmp_path):
     assert orjson.loads((tmp_path / "a" / entry["name"]).read_bytes()) == bad[0]
 
 
+def test_a_file_in_place_of_an_artifact_is_refused_with_the_way_to_make_one(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n")
+    message = rf"inputs\.pairs={file} is a file, .* stage=prepare data_mixer=files data_mixer\.spec='{file}:1\.0'"
+    with pytest.raises(ArtifactError, match=message):
+        artifacts.manifest(file, key="inputs.pairs")
+    assert not artifacts.is_complete(file)
+
+
 def test_another_schema_is_refused_with_both_names(tmp_path):
     write(tmp_path / "a", prompts(3))
     with pytest.raises(ArtifactError, match=r"inputs\.completions=.*holds prompt/1, but completion/1 is read"):

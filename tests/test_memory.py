@@ -11,10 +11,23 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prefpipe import memory
 from prefpipe.errors import ConfigError
 from prefpipe.losses import DPO, Loss, SimPO
-from prefpipe.memory import Lengths, ModelShape, Setting, disk, estimate, longest_allowed, micro_batch, shape_of, size
+from prefpipe.losses.tokens import TDPO
+from prefpipe.memory import (
+    Lengths,
+    ModelShape,
+    Setting,
+    disk,
+    estimate,
+    estimates,
+    layers,
+    longest_allowed,
+    micro_batch,
+    read_shape,
+    shape_of,
+    size,
+)
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
 from prefpipe.training import attention, checkpoints, head
 from prefpipe.training.adapters import with_adapter
@@ -88,7 +101,7 @@ def test_parameters_of_an_encoder_decoder(t5_folder: Path) -> None:
     from safetensors.torch import load_file
 
     expected = sum(tensor.numel() for tensor in load_file(t5_folder / "model.safetensors").values())
-    assert memory.read_shape(t5_folder).num_parameters == expected - 2 * 8 * 4
+    assert read_shape(t5_folder).num_parameters == expected - 2 * 8 * 4
 
 
 def test_llama_8b_has_the_number_of_parameters_that_its_authors_name() -> None:
@@ -101,14 +114,14 @@ def test_a_mixture_of_experts_is_refused_and_a_missing_config_too(tmp_path: Path
     with pytest.raises(ConfigError, match=r"has no 'vocab_size'"):
         shape_of({key: value for key, value in LLAMA_8B.items() if key != "vocab_size"})
     with pytest.raises(ConfigError, match=r"config.json cannot be read"):
-        memory.read_shape(tmp_path)
+        read_shape(tmp_path)
 
 
 def test_constants_are_those_of_the_code_that_they_describe() -> None:
-    assert memory.KEPT_LOGITS == head.KEPT_BYTES
-    assert memory.TILE == head.TILE_BYTES
-    assert memory.QUERY_BLOCK == attention.QUERY_BLOCK
-    assert memory.STATES_ON_DISK == checkpoints.KEPT + 1
+    assert estimates.KEPT_LOGITS == head.KEPT_BYTES
+    assert estimates.TILES == {"cpu": head.TILE_BYTES, "cuda": head.GPU_TILE_BYTES}
+    assert layers.QUERY_BLOCK == attention.QUERY_BLOCK
+    assert estimates.STATES_ON_DISK == checkpoints.KEPT + 1
 
 
 # What autograd keeps, counted by itself
@@ -225,6 +238,19 @@ def test_zero_shards_what_its_stage_says() -> None:
     off = {"zero_stage": 3, "offload_optimizer": True, "offload_params": True}
     away = estimate(setting(gpus=8, device="cuda", precision="bf16", zero=off, global_batch_size=64))
     assert (away.weights, away.optimizer, away.host) == (2 * 10**9, 0, 8 * (16 * number // 8 + 2 * number // 8))
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss", "expected"),
+    [
+        (2, DPO(), 2 * 8_030_261_248),
+        (3, DPO(), 2 * 8_030_261_248 // 8),
+        (3, TDPO(), 2 * 8_030_261_248 // 8 + 2 * 128_256 * 4096),
+    ],
+)
+def test_zero_3_shards_a_second_model_but_for_the_head_that_tdpo_reads(stage: int, loss: Loss, expected: int) -> None:
+    half = {"device": "cuda", "precision": "bf16", "global_batch_size": 64, "reference": "online"}
+    assert estimate(setting(gpus=8, loss=loss, zero={"zero_stage": stage}, **half)).reference == expected
 
 
 def test_accumulation_keeps_gradients_beside_activations() -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.settings import SourceConfig
-from prefpipe.sources.adapters import ADAPTERS, Record, recognise
+from prefpipe.sources.adapters import ADAPTERS, recognise
+from prefpipe.sources.builders import Record
 from prefpipe.sources.codes import BadRow, missing_key
 from prefpipe.sources.reader import MAX_FAULT_BYTES, Row, read_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefpipe.citations import cited, renumbered
 from prefpipe.records import Demonstration, Message, Pair, Prompt, ScoredCompletion, prompt_id
-from prefpipe.sources.adapters import Record
+from prefpipe.sources.builders import Record
 from prefpipe.sources.codes import BadRow
 
 DOCUMENT_START, DOCUMENT_END = "[Document Start]\n", "\n[Document End]"

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from prefpipe.records import Demonstration, Pair, Prompt, ScoredCompletion, Split
-from prefpipe.sources.adapters import Record
+from prefpipe.sources.builders import Record
 
 KINDS: tuple[type[Any], ...] = (Prompt, ScoredCompletion, Pair, Demonstration)
 

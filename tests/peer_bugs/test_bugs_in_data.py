@@ -14,7 +14,7 @@ from prefpipe import artifacts, models
 from prefpipe.prompts import ChatTemplate, TemplateError
 from prefpipe.records import Pair, prompt_id
 from prefpipe.settings import DataMixerConfig, ModelConfig, SourceConfig, TrainingConfig
-from prefpipe.sources.adapters import messages
+from prefpipe.sources.turns import messages
 from prefpipe.stages.prepare import prepare
 from prefpipe.training.batches import encode
 

@@ -128,6 +128,7 @@ EXAMPLES: dict[str, list[tuple[dict[str, Any], list[Any], Any]]] = {
     "prompt": [
         ({"prompt": Q}, [USER], None),
         ({"prompt": [SYSTEM, USER], "answer": 4}, [SYSTEM, USER], "4"),
+        ({"prompt": Q, "answer": 12345678901234567}, [USER], "12345678901234567"),
         ({"messages": [*EARLIER, USER]}, [*EARLIER, USER], None),
         ({"prompt": [USER, GOOD]}, [USER], A),
     ],
