@@ -75,7 +75,7 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=60
 InactiveLimit=0
-KillWait=10
+KillWait=5
 MinJobAge=600
 MaxArraySize=${DEV_SLURM_MAX_ARRAY_SIZE:-1001}
 AccountingStorageType=accounting_storage/none
@@ -93,6 +93,7 @@ wait_for() { # what, command …: for half a minute
     sleep 0.25
   done
   tail -n 20 "$dir"/log/* >&2
+  down
   die "$what"
 }
 

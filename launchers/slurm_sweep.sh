@@ -5,7 +5,7 @@
 #   ./my_sweep.sh plan=true    check every point, and print what would be asked of Slurm
 #   ./my_sweep.sh              submit, and return
 #
-# The same command again submits only what is not in the queue; jobs of points that are done end at once.
+# The same command again submits only what is neither done nor in the queue.
 set -euo pipefail
 
 sweep=(
@@ -14,7 +14,7 @@ sweep=(
   loss=dpo,simpo,ipo
   seed=0,1
   model=qwen2_5_0_5b
-  training.save_every_steps=100 # where a job that ran out of time goes on
+  training.save_every_steps=100 # where a job goes on that ended without notice, as its node failed
 )
 cluster=(
   hydra/launcher=slurm_1x8 # or slurm_cpu, or slurm_2x8 with hardware.num_nodes=2

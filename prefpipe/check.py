@@ -53,7 +53,7 @@ class Checker:
     def compose(self, overrides: Sequence[str]) -> list[DictConfig]:
         """Every point's composed config, with its hydra node; keys are checked, values only as far as their type.
 
-        Of a search the first point: it checks the others itself, as it finds them (prefpipe/search.py).
+        For a search only the first point; the search checks the others as it tries them (prefpipe/search.py).
         """
         configs: list[DictConfig] = []
         with self.opened():
@@ -107,7 +107,7 @@ class Checker:
                 )
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
-        """What was typed, taken apart. Raises ConfigError for what Hydra cannot read."""
+        """The overrides, parsed. Raises ConfigError for what Hydra cannot read."""
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
         for line in overrides:
@@ -141,7 +141,7 @@ class Checker:
         return cfg
 
     def _merged(self, overrides: Sequence[str]) -> DictConfig:
-        """What hydra.compose gives. Points that differ in values alone share the merged files, nearly all of the work.
+        """What hydra.compose returns. Points that differ only in values share the merged files, most of the work.
 
         The values are merged by Hydra's own function, the last thing that its compose does.
         """
@@ -214,7 +214,7 @@ class Checker:
         return f"{prefix}{key}{'' if cause.value is None else f'={cause.value}'}: {reason}"
 
     def _culprit(self, overrides: list[str], base: DictConfig) -> str | None:
-        """The first override that cannot be meant: of a key that the chosen options lack, or that deletes one."""
+        """Why the first override that cannot work cannot: the chosen options have no such key, or it deletes one."""
         keys = {key for key, _ in _nodes(base)}
         for override in self.parse(overrides):
             key, line = override.key_or_group, str(override.input_line)
@@ -267,14 +267,20 @@ class Checker:
 
 
 def _check_launcher(cfg: DictConfig, name: str) -> None:
-    """What the launcher would ignore, or could not start."""
+    """Refuse what the launcher would ignore, or could not start."""
     if not str(cfg.hydra.launcher._target_).endswith(".SlurmLauncher"):
-        for key, ignored in (("detach", cfg.launch.detach), ("max_array_size", cfg.launch.max_array_size)):
-            if ignored:
+        for key, default in (("detach", False), ("max_array_size", None), ("save_seconds", None)):
+            if cfg.launch[key] != default:
                 raise ConfigError(
-                    f"launch.{key}={str(ignored).lower()} would be ignored by hydra/launcher={name}, which gives Slurm "
-                    f"nothing; use hydra/launcher=slurm_cpu or another of slurm_*, with -m"
+                    f"launch.{key}={str(cfg.launch[key]).lower()} would be ignored by hydra/launcher={name}, which "
+                    f"gives Slurm nothing; use hydra/launcher=slurm_cpu or another of slurm_*, with -m"
                 )
+    elif (cfg.launch.save_seconds or 0) >= cfg.hydra.launcher.signal_delay_s:
+        raise ConfigError(
+            f"launch.save_seconds={cfg.launch.save_seconds} must be less than "
+            f"hydra.launcher.signal_delay_s={cfg.hydra.launcher.signal_delay_s}, the time from Slurm's notice to the "
+            f"end of the job"
+        )
     elif cfg.hydra.launcher.nodes != cfg.hardware.num_nodes:
         raise ConfigError(
             f"hydra/launcher={name} asks Slurm for hydra.launcher.nodes={cfg.hydra.launcher.nodes}, and the run is for "
@@ -294,7 +300,7 @@ def is_search(cfg: DictConfig) -> bool:
 
 
 def fixed_line(override: Override) -> str:
-    """An override of one value, spelt as Hydra's own sweeper spells it."""
+    """An override with one value, written as Hydra's own sweeper writes it."""
     if override.is_delete():
         return str(override.input_line)
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"

@@ -428,22 +428,35 @@ def is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
-def save_weights(policy: PreTrainedModel, out: Path, *, like: Path, padding: int | None) -> None:
+def save_weights(
+    policy: PreTrainedModel,
+    out: Path,
+    *,
+    like: Path,
+    padding: int | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a trained model; its config is that of the folder `like` that it started from, dropout rates included.
 
     padding: the token with which the rows of a reward model are padded; transformers reads no reward at it.
+    weights: the parameters, if the policy itself holds only shards or rounded copies of them; the policy is not usable
+        afterwards.
     """
     policy.config = type(policy.config).from_pretrained(like)
+    if weights is not None:
+        parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+        policy.cpu().float()  # save_pretrained writes its type into the config
+        weights = weights | {name: value for name, value in policy.state_dict().items() if name not in parameters}
     if hasattr(policy, "score"):
         policy.config.num_labels, policy.config.pad_token_id = 1, padding
-        policy.save_pretrained(out)
+        policy.save_pretrained(out, state_dict=weights)
         return
     head = policy.get_output_embeddings()
     if policy.config.is_encoder_decoder and head.weight is not policy.get_input_embeddings().weight:
         # transformers 5 takes every T5 for tied (T5Config.__post_init__), while older versions believe the file, and
         # would tie and scale the head of a T5 1.1 or Flan-T5.
         policy.config.tie_word_embeddings = False
-    policy.save_pretrained(out)
+    policy.save_pretrained(out, state_dict=weights)
 
 
 def import_transformers() -> None:

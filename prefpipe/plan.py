@@ -1,7 +1,7 @@
-"""plan=true: what a command would do, said before it does anything, in a second and without torch.
+"""plan=true: what a command would do, printed before it does anything, in a second and without torch.
 
-Each stage is taken as far as the artifact that it would write (artifacts.planning), so what is compared with what lies
-there are the very settings and parents that it would record.
+Each stage runs up to the artifact that it would write (artifacts.planning), so the settings and parents compared with
+what is there are exactly those that it would record.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ HIT, MISS, REFUSED, UNKNOWN, READS = "hit", "miss", "refused", "unknown", "reads
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a command. state: one of the words above. out: the artifact; None where there is none."""
+    """One stage of a command. state: HIT, MISS, REFUSED, UNKNOWN or READS. out: the artifact, or None."""
 
     stage: str
     state: str
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Demand:
-    """What training would take. num_pairs: None where none are there yet. reason: why there is no estimate."""
+    """What training would take. num_pairs: None where there are none yet. reason: why there is no estimate."""
 
     setting: Setting | None = None
     memory: Memory | None = None
@@ -70,9 +70,13 @@ def show(configs: Sequence[DictConfig], *, multirun: bool) -> None:
     on_slurm = launcher._target_.endswith(".SlurmLauncher")
     say(plan_of(commands, slurm=launcher if on_slurm else None))
     if on_slurm:
+        from prefpipe.launch import slurm_queue
         from prefpipe.launch.slurm import describe
+        from prefpipe.launch.sweep import is_done
 
-        say(describe(launcher, len(commands), commands[0].run.launch))
+        jobs = slurm_queue.jobs()
+        num_jobs = sum(not is_done(command, jobs, launcher) for command in commands)
+        say(describe(launcher, num_jobs, commands[0].run.launch))
 
 
 def plan_of(commands: Sequence[Command], *, slurm: Mapping[str, Any] | None = None) -> str:
@@ -98,8 +102,16 @@ def plan_of(commands: Sequence[Command], *, slurm: Mapping[str, Any] | None = No
     return "\n".join([*lines, *_demand_lines(demands)])
 
 
+def finds_all(command: Command, *, slurm: Mapping[str, Any] | None = None) -> bool:
+    """Whether each stage of a command would find its artifact there, and so do nothing. slurm: as in plan_of."""
+    try:
+        return not command.run.overwrite and all(step.state == HIT for step in steps_of(_on_slurm(command, slurm)))
+    except ConfigError:  # the stage itself says it best
+        return False
+
+
 def _on_slurm(command: Command, slurm: Mapping[str, Any] | None) -> Command:
-    """As one of its nodes will see it, where this machine is none."""
+    """The command as a node of the cluster will see it, where this machine is not one."""
     if slurm is None:
         return command
     hardware = command.run.hardware
@@ -129,7 +141,7 @@ def steps_of(command: Command) -> Iterator[Step]:
 
 
 def step_of(command: Command, made_before: Sequence[str] = ()) -> Step:
-    """What one stage would do. made_before: stages of the same command that will have made their artifacts anew."""
+    """What one stage would do. made_before: earlier stages of the command that will make their artifacts anew."""
     stage = command.run.stage.value
     if stage in READERS:
         return Step(stage, READS, None, "what is there")
@@ -229,7 +241,7 @@ def _num_pairs(command: Command) -> int | None:
 
 
 def _demand_lines(demands: Sequence[Demand]) -> list[str]:
-    """Of the one that takes most; of several points that differ also how much they differ."""
+    """The demand of the point that takes most; where points differ, also that of the one that takes least."""
     known = [(found.memory, found) for found in demands if found.memory is not None]
     unknown = [f"memory of training: not known, as {found.reason}" for found in demands if found.memory is None]
     lines = list(dict.fromkeys(unknown))

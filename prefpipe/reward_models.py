@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prefpipe.errors import ConfigError
 from prefpipe.models import import_transformers, is_classifier
 from prefpipe.settings import ModelConfig
+from prefpipe.sharding import gathered
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ def new_reward_model(model: ModelConfig, folder: Path, *, seed: int, device: tor
     head = getattr(loaded, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(f"model={model.name}: transformers puts no linear head on the last token of this family")
-    draws = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
+    shape = head.out_features, head.in_features
+    draws = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), gathered(head.parameters(), writable=True):
         head.weight.copy_(draws * (head.in_features + 1) ** -0.5)
     loaded.to(device)
     return loaded  # type: ignore[no-any-return]

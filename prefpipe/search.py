@@ -26,11 +26,12 @@ from prefpipe.files import write_json
 from prefpipe.launch import slurm_queue
 from prefpipe.launch.attempts import DONE, FAILED, RUNNING, Unit
 from prefpipe.launch.status import status_of
-from prefpipe.launch.sweep import point_of, prepare
+from prefpipe.launch.sweep import SLURM_LAUNCHER, is_done, point_of, prepare
 from prefpipe.logs import say
 from prefpipe.records import EvalResult
 from prefpipe.report.collect import flatten
 from prefpipe.rounds import BASE, Layout
+from prefpipe.run import Command
 from prefpipe.search_space import as_overrides, corners, low_corner, num_values, values_of
 from prefpipe.settings import Stage, SweepConfig
 from prefpipe.trials import Space, Trial, Trials, as_rows, open_trials
@@ -218,10 +219,11 @@ class _Driver:
     def _launch(self, points: Sequence["_Point"]) -> None:
         """Run points, and record what became of each: its own records tell it, whatever the launcher says."""
         at_work = [point for point in points if point.is_at_work()]
-        others = [point for point in points if point not in at_work]
+        done = [point for point in points if point not in at_work and point.is_done()]
+        others = [point for point in points if point not in at_work + done]
         launched = [len(point.unit.attempts()) for point in others]
         for point in points:
-            state = " (at work since an earlier command)" * (point in at_work)
+            state = " (at work since an earlier command)" * (point in at_work) + " (done before)" * (point in done)
             log.info("trial %s%s: %s", _numbers(point.trials), state, " ".join(as_overrides(point.trials[0].values)))
         trouble: Exception | None = None
         try:
@@ -233,7 +235,7 @@ class _Driver:
             trouble = error  # of one point, as a rule, and the others may still be at work
         self.num_launched += len(others)
         begun = [p for p, attempts in zip(others, launched, strict=True) if len(p.unit.attempts()) > attempts]
-        recorded = [point for point in (*at_work, *begun) if self._record(point)]
+        recorded = [point for point in (*at_work, *done, *begun) if self._record(point)]
         left = [point for point in points if point not in recorded]
         if left:
             self._write()
@@ -307,6 +309,12 @@ class _Point:
         """Whether what an earlier command started on this machine still runs; for Slurm's jobs its launcher waits."""
         attempts = self.unit.attempts()
         return bool(attempts) and attempts[-1].job is None and status_of(self.unit, None).state == RUNNING
+
+    def is_done(self) -> bool:
+        """Whether an earlier command has made it, and ended before it could say so here."""
+        launcher = self.composed.hydra.launcher
+        on_slurm = launcher if launcher._target_ == SLURM_LAUNCHER else None
+        return is_done(Command(self.run, without_hydra(self.composed)), slurm_queue.jobs(), on_slurm)
 
     def value(self, objective: str) -> float:
         """Of the objective, as the point's evaluation has it. Raises DataError when it is missing, or no number."""

@@ -224,7 +224,9 @@ class TrainingConfig:
     order: "shuffled" by seed, anew in each epoch; "ascending" or "descending" sorts each epoch by the number in the
         pairs' meta.<order_column>, equal ones shuffled: a curriculum. order_column=pass_rate (pairer.pass_threshold)
         with descending goes from easy prompts to hard ones.
-    save_every_steps: a resumable checkpoint each so many steps; null saves only at the end.
+    save_every_steps: a resumable checkpoint each so many steps; null saves only at the end, and at Slurm's notice.
+    log_every_steps: a row of metrics.jsonl, with means over so many steps; only then does a process wait for its GPU
+        and for the others. Loss values that are not finite end the run at the next row.
     """
 
     learning_rate: float = 5e-7
@@ -249,6 +251,7 @@ class TrainingConfig:
     order: str = "shuffled"
     order_column: str | None = None
     save_every_steps: int | None = None
+    log_every_steps: int = 1
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -271,6 +274,11 @@ class TrainingConfig:
         for key in ("max_steps", "save_every_steps", "micro_batch_tokens"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"training.{key}={getattr(self, key)} must be at least 1, or null")
+        if self.log_every_steps < 1 or (self.save_every_steps or 0) % self.log_every_steps:
+            raise ConfigError(
+                f"training.log_every_steps={self.log_every_steps} must be at least 1 and divide "
+                f"training.save_every_steps={self.save_every_steps}, as a state holds whole rows of metrics"
+            )
         if not 0 <= self.warmup_fraction <= 1:
             raise ConfigError(f"training.warmup_fraction={self.warmup_fraction} must be between 0 and 1")
         if not 0 < self.max_prompt_tokens < self.max_tokens:
@@ -561,14 +569,20 @@ class LaunchConfig:
     detach: return once they are submitted; `prefpipe status` tells how they do, `prefpipe retry` repeats failed ones.
     max_array_size: jobs of one array; null is Slurm's MaxArraySize. More points make several arrays, which share
         hydra.launcher.array_parallelism.
+    save_seconds: when Slurm gives notice that a job will be stopped, how long the job waits for training to write a
+        state, before it is queued again; null is two thirds of hydra.launcher.signal_delay_s, which is when the notice
+        comes. Where jobs are preempted, their partition's GraceTime has to be longer than that.
     """
 
     detach: bool = False
     max_array_size: int | None = None
+    save_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_array_size is not None and self.max_array_size < 1:
             raise ConfigError(f"launch.max_array_size={self.max_array_size} must be at least 1")
+        if self.save_seconds is not None and self.save_seconds < 0:
+            raise ConfigError(f"launch.save_seconds={self.save_seconds} must be at least 0, which is no wait")
 
 
 @dataclass

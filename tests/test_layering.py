@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "prefpipe"
 # The lower a layer, the fewer it may know. A name stands for its submodules too, unless they are named themselves.
 LAYERS: list[set[str]] = [
     {"", "errors", "records", "components", "settings", "logps", "answers", "statistics", "logs", "processes"}
-    | {"progress", "files", "provenance", "calculator", "annotations", "verdicts", "citations", "words", "torchrun"},
+    | {"progress", "files", "provenance", "calculator", "annotations", "verdicts", "citations", "words", "torchrun"}
+    | {"launch.notice", "kept"},
     {"losses", "pairers", "generators", "tasks", "sources", "prompts", "artifacts", "models", "tracking", "tiny_model"}
-    | {"grouping", "api", "reward_models", "vllm_engine", "documents", "equivalence", "memory", "ladder"},
+    | {"grouping", "api", "reward_models", "sharding", "vllm_engine", "documents", "equivalence", "memory", "ladder"},
     {"training", "sampling"},
     {"scorers", "scoring_models", "pair_rankers", "judging"},
     {"stages", "rounds", "report", "launch", "trials"},

@@ -2,9 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +25,7 @@ from prefpipe.files import sha256_of
 from prefpipe.launch import slurm_queue
 from prefpipe.launch.attempts import Attempt, Unit
 from prefpipe.launch.status import Status, statuses
+from prefpipe.suggest import short_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 DEV_SLURM = ROOT / "launchers" / "dev_slurm.sh"
@@ -28,11 +33,12 @@ DEV_SLURM = ROOT / "launchers" / "dev_slurm.sh"
 pytestmark = [pytest.mark.integration, pytest.mark.slurm]
 
 TRAIN = ["stage=train", "debug=tiny", "hydra/launcher=slurm_cpu", "inputs.pairs=runs/default/pairs"]
-SWEEP = ["-m", *TRAIN, "loss=dpo,simpo,ipo", "seed=0,1"]
+SWEEP = ["-m", *TRAIN, "loss=dpo,simpo,ipo", "seed=0,1", "tracking=mlflow", "tracking.wait_seconds=120"]
 POINTS = [f"debug=tiny,loss={loss},seed={seed}" for loss in ("dpo", "ipo", "simpo") for seed in (0, 1)]
 FAILING = "debug=tiny,loss=ipo,seed=1"
 STEPS = 100
-LONG = f"debug=tiny,training.max_steps={STEPS}"
+LONG = ["training.save_every_steps=null", f"training.max_steps={STEPS}"]
+LONG_POINT = ",".join(["debug=tiny", *sorted(LONG)])
 
 
 class Place(NamedTuple):
@@ -49,26 +55,52 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory) -> Iterator[None]:
-    """A Slurm of its own, with room for a job of one CPU besides those of slurm_cpu."""
-    cpus = 8 * len(os.sched_getaffinity(0)) + 4
+def slurm() -> Iterator[None]:
+    """A Slurm of its own, with room for a job of one CPU besides those of slurm_cpu.
+
+    Its folder has always the same name, so that the next one ends what a suite that was killed has left.
+    """
     own = {
-        "DEV_SLURM_DIR": str(tmp_path_factory.mktemp("slurm")),
-        "DEV_SLURM_PORT": "16917",
-        "DEV_SLURM_CPUS": str(cpus),
+        "DEV_SLURM_DIR": f"{tempfile.gettempdir()}/prefpipe-test-slurm-{os.getuid()}-{short_hash(str(ROOT))}",
+        "DEV_SLURM_PORT": str(two_ports()),
+        "DEV_SLURM_CPUS": str(8 * len(os.sched_getaffinity(0)) + 4),
     }
-    up = subprocess.run([DEV_SLURM, "up"], env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
-    if "only root can install" in up.stderr:
-        pytest.skip(up.stderr.strip())
-    assert up.returncode == 0, up.stderr
-    (line,) = up.stdout.splitlines()
+    command = {"env": {**os.environ, **own}, "capture_output": True, "text": True}
     before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = line.removeprefix("export SLURM_CONF=")
-    yield
-    subprocess.run([DEV_SLURM, "down"], env={**os.environ, **own}, check=True, capture_output=True, timeout=60)
-    os.environ.pop("SLURM_CONF")
-    if before is not None:
-        os.environ["SLURM_CONF"] = before
+    try:
+        up = subprocess.run([DEV_SLURM, "up"], timeout=300, **command)
+        if "only root can install" in up.stderr:
+            pytest.skip(up.stderr.strip())
+        assert up.returncode == 0, up.stderr
+        (line,) = up.stdout.splitlines()
+        os.environ["SLURM_CONF"] = line.removeprefix("export SLURM_CONF=")
+        yield
+    finally:
+        subprocess.run([DEV_SLURM, "down"], check=True, timeout=60, **command)
+        os.environ.pop("SLURM_CONF", None)
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+    until(lambda: not processes_with(f"{own['DEV_SLURM_DIR']}/slurm.conf"), 30, "no daemon and no job is left")
+    shutil.rmtree(own["DEV_SLURM_DIR"])
+
+
+def two_ports() -> int:
+    """The first of two neighbours that are free."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def processes_with(conf: str) -> list[psutil.Process]:
+    """Slurm's daemons and their jobs were started with their configuration's name."""
+    processes = psutil.process_iter(["environ"])
+    return [process for process in processes if (process.info["environ"] or {}).get("SLURM_CONF") == conf]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +112,7 @@ def place(slurm, tmp_path_factory) -> Place:
     def call(*args: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "prefpipe", *args]
         environment = {**os.environ, "PREFPIPE_RUNS": "runs"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
         assert not check or done.returncode == 0, f"{' '.join(args)}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -93,7 +125,7 @@ def until(true: Callable[[], object], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def of(found: list[Status], point: str) -> Status:
@@ -121,18 +153,25 @@ def out_of_time(place: Place) -> Place:
     """A point that trains when its time runs out, while the other tests go on: its training is halted until then."""
     # Slurm looks every 30 s whether a notice is due, so this one comes 45 to 75 s after the start.
     limits = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=45", "hydra.launcher.cpus_per_task=1"]
-    done = place.call("-m", *TRAIN, f"training.max_steps={STEPS}", "exp_name=long", *limits, "launch.detach=true")
+    done = place.call("-m", *TRAIN, *LONG, "exp_name=long", *limits, "launch.detach=true")
     assert re.search(r"^1 jobs submitted: \d+; prefpipe status runs/long ", done.stdout, re.M)
-    state = place.run("long") / "points" / LONG / "round_0" / "checkpoint.partial" / "state" / "step-000002"
-    until(state.exists, 300, "training begins")
+    metrics = place.run("long") / "points" / LONG_POINT / "round_0" / "checkpoint.partial" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.stat().st_size, 300, "training begins")
     (process,) = trainers(place, "long")
     process.send_signal(signal.SIGSTOP)
+    unit = place.unit("long", LONG_POINT)
+
+    def go_on_at_the_notice() -> None:
+        until(lambda: unit.attempts()[0].outcome == "preempted", 240, "its time runs out")
+        process.send_signal(signal.SIGCONT)
+
+    threading.Thread(target=go_on_at_the_notice, daemon=True).start()
     return place
 
 
 def test_a_detached_sweep_goes_on_by_itself(out_of_time):
     """What becomes of it is told below, when the other tests have used its time."""
-    assert of(statuses(out_of_time.run("long")), LONG).state == "running"
+    assert of(statuses(out_of_time.run("long")), LONG_POINT).state == "running"
 
 
 # ------------------------------------------------------------------------------------- one array of six points
@@ -191,9 +230,33 @@ def test_retry_starts_only_what_failed_and_the_sweep_again_repeats_nothing(sweep
     assert place.call("retry", "runs/default").stdout == "nothing in runs/default failed\n"
     made = {point: (run / "points" / point / "round_0" / "checkpoint" / "provenance.json") for point in POINTS}
     before = {point: file.read_bytes() for point, file in made.items()}
-    place.call("-m", *TRAIN, "loss=dpo", "seed=0,1")
+    again = place.call(*SWEEP).stdout
+    assert again.startswith("0 jobs submitted; 6 of 6 were done already; prefpipe status runs/default ")
+    changed = place.call("-m", *TRAIN, "loss=dpo", "seed=0", "hardware.precision=bf16", check=False)
+    assert changed.returncode == 1
+    assert changed.stdout.startswith("1 jobs submitted: ")
+    assert re.search(r"was made with other settings: precision '\w+' -> 'bf16'", changed.stderr)
     assert {point: file.read_bytes() for point, file in made.items()} == before
-    assert [len(place.unit("default", point).attempts()) for point in POINTS] == [2, 2, 1, 2, 1, 1]
+    assert [len(place.unit("default", point).attempts()) for point in POINTS] == [2, 1, 1, 2, 1, 1]
+
+
+def test_the_sweep_is_one_tree_of_runs(sweep):
+    """One for the sweep, below it one for each point, whichever job and command made it; each metric came once."""
+    from mlflow import MlflowClient
+
+    place, _ = sweep
+    client = MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("prefpipe").experiment_id])
+    (above,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == above.info.run_id]
+    assert len(runs) == 1 + 6
+    assert sorted(run.info.run_name for run in below) == POINTS
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in below:
+        folder = place.run("default") / "points" / run.info.run_name / "round_0" / "checkpoint"
+        rows = [orjson.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+        told = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [(one.step, one.value) for one in told] == [(row["step"], row["train/loss"]) for row in rows]
 
 
 # ------------------------------------------------------------------------------------- shards, in two arrays
@@ -204,19 +267,19 @@ def test_shards_are_arrays_no_larger_than_allowed(place):
         "stage=generate",
         "debug=tiny",
         "exp_name=stopped",
-        "generator.num_shards=4",
+        "generator.num_shards=3",
         "generator.max_new_tokens=8",
         "inputs.prompts=runs/default/prompts",
     ]
     one_cpu = ["hydra/launcher=slurm_cpu", "hydra.launcher.array_parallelism=2", "hydra.launcher.cpus_per_task=2"]
-    shards = ["generator.shard=0,1,2,3", "launch.max_array_size=3"]
+    shards = ["generator.shard=0,1,2", "launch.max_array_size=2"]
     place.call("-m", *arguments, *shards, *one_cpu)
     scripts = (place.run("stopped") / "multirun" / ".submitit").glob("**/*_submission.sh")
     arrays = sorted(re.findall(r"--array=(\S+)", script.read_text()) for script in scripts)
-    assert arrays == [[], ["0-2%1"]]  # a single job is no array
+    assert arrays == [[], ["0-1%1"]]  # a single job is no array
     place.call(*arguments)
     artifacts.verify(place.run("stopped") / "round_0" / "completions")
-    assert "generate 3-of-4" in place.call("status", "runs/stopped").stdout
+    assert "generate 2-of-3" in place.call("status", "runs/stopped").stdout
 
 
 def test_the_largest_array_is_what_slurm_says(slurm):
@@ -227,8 +290,8 @@ def test_the_largest_array_is_what_slurm_says(slurm):
 
 
 def test_what_scancel_ends_is_cancelled_and_retry_finishes_it(place):
-    units = [place.unit("stopped", f"{LONG.replace('training', f'seed={seed},training')}") for seed in (0, 1)]
-    arguments = ["seed=0,1", f"training.max_steps={STEPS}", "hydra.launcher.array_parallelism=1", "launch.detach=true"]
+    units = [place.unit("stopped", f"debug=tiny,seed={seed}") for seed in (0, 1)]
+    arguments = ["seed=0,1", "hydra.launcher.array_parallelism=1", "launch.detach=true"]
     place.call("-m", *TRAIN, "exp_name=stopped", *arguments)
     until(lambda: trainers(place, "stopped"), 300, "training begins")
     trainers(place, "stopped")[0].send_signal(signal.SIGSTOP)  # not to end before scancel
@@ -238,10 +301,15 @@ def test_what_scancel_ends_is_cancelled_and_retry_finishes_it(place):
     assert "is in Slurm's queue as job" in changed.stderr
     job = units[0].queued().job.partition("_")[0]
     subprocess.run(["scancel", job], check=True)
-    until(lambda: {of(statuses(place.run("stopped")), u.point).kind for u in units} == {"cancelled"}, 120, "cancelled")
+
+    def became(field: str) -> set[str]:
+        found = statuses(place.run("stopped"))
+        return {getattr(of(found, unit.point), field) for unit in units}
+
+    until(lambda: became("kind") == {"cancelled"}, 120, "cancelled")
     assert trainers(place, "stopped") == []
     place.call("retry", "runs/stopped", "--only=cancelled")
-    until(lambda: {of(statuses(place.run("stopped")), u.point).state for u in units} == {"done"}, 600, "done")
+    until(lambda: became("state") == {"done"}, 600, "done")
     assert [len(unit.attempts()) for unit in units] == [2, 1]
 
 
@@ -249,20 +317,24 @@ def test_what_scancel_ends_is_cancelled_and_retry_finishes_it(place):
 
 
 def test_a_point_that_ran_out_of_time_goes_on_and_ends_with_the_same_weights(out_of_time):
+    """The only state is the one that it wrote at Slurm's notice, as training.save_every_steps=null."""
     place = out_of_time
-    unit, run = place.unit("long", LONG), place.run("long") / "points" / LONG
+    unit, run = place.unit("long", LONG_POINT), place.run("long") / "points" / LONG_POINT
 
     def attempts() -> list[Attempt]:
         return unit.attempts()
 
     until(lambda: attempts()[0].outcome == "preempted", 180, "its time runs out")
-    place.call(*TRAIN[:2], TRAIN[-1], f"training.max_steps={STEPS}", "exp_name=whole")
-    until(lambda: of(statuses(place.run("long")), LONG).state == "done", 300, "it goes on and ends")
+    place.call(*TRAIN[:2], TRAIN[-1], *LONG, "exp_name=whole")
+    until(lambda: of(statuses(place.run("long")), LONG_POINT).state == "done", 300, "it goes on and ends")
     *stopped, last = attempts()
     assert {attempt.job for attempt in stopped} == {last.job}
     assert {attempt.outcome for attempt in stopped} == {"preempted"}
-    resumed = re.findall(r"going on after step (\d+)", (run / "logs" / "train-round_0.log").read_text())
-    assert 2 <= int(resumed[-1]) < STEPS
+    log = (run / "logs" / "train-round_0.log").read_text()
+    assert "Slurm's notice: the state is written" in log
+    resumed = [int(step) for step in re.findall(r"going on after step (\d+)", log)]
+    assert resumed == sorted(resumed)
+    assert 1 <= resumed[0] <= STEPS
     assert weights(run) == weights(place.run("whole"))
     assert trainers(place, "long") == []
 
@@ -279,7 +351,7 @@ def test_the_script_of_two_nodes_starts_one_agent_on_each(slurm, tmp_path):
     del launcher["_target_"]
     executor = _executor(launcher, 4, None)._executor
     text = executor._make_submission_file_text(executor._submitit_command_str, "0")
-    assert PointJob(tmp_path / "train.yaml", "/somewhere").config == str(tmp_path / "train.yaml")
+    assert PointJob(tmp_path / "train.yaml", "/somewhere", 60.0).config == str(tmp_path / "train.yaml")
     flags = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
     assert {name: flags[name] for name in ("nodes", "ntasks-per-node", "gpus-per-node", "signal")} == {
         "nodes": "2",

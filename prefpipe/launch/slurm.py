@@ -2,8 +2,9 @@
 
 That launcher sends every job Hydra's own state as a pickle, to compose its config where it runs, waits for all jobs,
 and tells of the first that failed. Here a job gets the name of a config that was frozen when it was submitted, the
-sweep may return at once, points that are in the queue are not submitted twice, and every failure is told. Submission,
-the job script, and starting again after a time-out are submitit's.
+sweep may return at once, points that are done or in the queue are not submitted again, training writes a state before
+its time is up, and every failure is told. Submission, the job script, and starting again after a time-out are
+submitit's.
 """
 
 import contextlib
@@ -26,19 +27,22 @@ from submitit.core.utils import DelayedSubmission
 from prefpipe.config import freeze, load_frozen, register_schemas, to_run_config
 from prefpipe.errors import ConfigError
 from prefpipe.files import chunks
-from prefpipe.launch import slurm_queue
+from prefpipe.launch import notice, slurm_queue
 from prefpipe.launch.attempts import DONE, FAILED, Unit, preempt, queued_now
 from prefpipe.launch.slurm_queue import Job
 from prefpipe.launch.status import STALE, Status, status_of
-from prefpipe.launch.sweep import SLURM_LAUNCHER, SweepError, frozen_text, point_of, report_failures
+from prefpipe.launch.sweep import SLURM_LAUNCHER, SweepError, frozen_text, is_done, point_of, report_failures
 from prefpipe.logs import report_errors, say, set_up_logging
 from prefpipe.run import Command, run
 from prefpipe.settings import LaunchConfig
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0
-"""Seconds between two looks at the queue, of everybody on the cluster."""
+FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 1.0, 15.0, 1.1
+"""Seconds between two looks at the queue, of everybody on the cluster: about a tenth of what it has taken so far."""
+
+SHARE_TO_SAVE = 2 / 3
+"""Of the time between Slurm's notice and the end, what training gets for its state where launch.save_seconds=null."""
 
 
 def install() -> None:
@@ -50,7 +54,10 @@ class PointsLauncher(SlurmLauncher):  # type: ignore[misc]
     """hydra/launcher=slurm_* and submitit_slurm."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit all points, and wait for them unless launch.detach is set. Raises SweepError when some fail."""
+        """Submit the points that are not done, and wait for them unless launch.detach is set.
+
+        Raises SweepError when some fail.
+        """
         assert self.config is not None
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
@@ -59,53 +66,73 @@ class PointsLauncher(SlurmLauncher):  # type: ignore[misc]
         commands = [Command(to_run_config(cfg), cfg) for cfg, _ in points]
         _warn_of_lost_work(commands, self.params)
         jobs = slurm_queue.jobs() or {}
-        for cfg, unit in points:
+        units = []
+        for (cfg, unit), command in zip(points, commands, strict=True):
             job = _in_queue(unit, jobs)
-            if job is None:
-                freeze(cfg, unit.config)
-            elif unit.config.read_text() != frozen_text(cfg):
+            if job is not None and unit.config.read_text() != frozen_text(cfg):
                 raise ConfigError(
                     f"{unit.point or unit.name} is in Slurm's queue as job {job}, with other settings; let it end, "
                     f"or end it with scancel {job}"
                 )
-        folder, units = points[0][1].run, [unit for _, unit in points]
-        failed = submit_and_wait(folder, units, self.params, commands[0].run.launch, os.getcwd())
+            done = job is None and is_done(command, jobs, self.params)
+            if job is None and not (done and unit.config.is_file()):
+                freeze(cfg, unit.config)
+            if not done:
+                units.append(unit)
+        folder, num_done = points[0][1].run, len(points) - len(units)
+        launch = commands[0].run.launch
+        failed = submit_and_wait(folder, units, self.params, launch, os.getcwd(), num_done=num_done)
         report_failures(folder, failed, len(points))
         return [JobReturn(status=JobStatus.COMPLETED) for _ in points]
 
 
 class PointJob:
-    """What a Slurm job runs: a frozen config, in the folder where its sweep was started. Strings only, for pickle."""
+    """What a Slurm job runs: a frozen config, in the folder where its sweep was started. Plain values, for pickle.
 
-    def __init__(self, config: Path, folder: str) -> None:
-        self.config, self.folder = str(config.absolute()), folder
+    save_seconds: how long it waits, at Slurm's notice, for training to write a state.
+    """
+
+    def __init__(self, config: Path, folder: str, save_seconds: float) -> None:
+        self.config, self.folder, self.save_seconds = str(config.absolute()), folder, save_seconds
 
     def __call__(self) -> None:
         os.chdir(self.folder)
         set_up_logging()
         register_schemas()
+        notice.expect(self._place)
         with report_errors():
             run(load_frozen(Path(self.config)))
 
     def checkpoint(self) -> DelayedSubmission:
         """Called at Slurm's notice, while the job is at work; what starts again goes on from what lies on disk."""
         preempt("its time was up, or it was preempted")
+        notice.give(self._place, self.save_seconds)
         return DelayedSubmission(self)
+
+    @property
+    def _place(self) -> Path:
+        return Path(self.config).with_suffix("")
 
 
 def submit_and_wait(
-    run_folder: Path, units: Sequence[Unit], launcher: Mapping[str, Any], launch: LaunchConfig, folder: str
+    run_folder: Path,
+    units: Sequence[Unit],
+    launcher: Mapping[str, Any],
+    launch: LaunchConfig,
+    folder: str,
+    *,
+    num_done: int = 0,
 ) -> list[Status]:
     """Submit units whose configs are frozen, but for those in the queue, and wait for all. Returns those that failed.
 
-    With launch.detach none is waited for. folder: where they run.
+    With launch.detach none is waited for. folder: where they run. num_done: of further ones that need not run.
     """
     ids = submit(units, launcher, launch, folder)
-    also = len(units) - len(ids)
     arrays = ", ".join(dict.fromkeys(job.partition("_")[0] for job in ids))
-    told = f"{len(ids)} jobs submitted" + (f": {arrays}" if ids else "")
-    told += f"; {also} of {len(units)} were in the queue already" if also else ""
-    say(f"{told}; prefpipe status {run_folder} shows how they do")
+    told = [f"{len(ids)} jobs submitted" + (f": {arrays}" if ids else "")]
+    for number, where in ((len(units) - len(ids), "in the queue"), (num_done, "done")):
+        told += [f"{number} of {len(units) + num_done} were {where} already"] if number else []
+    say("; ".join([*told, f"prefpipe status {run_folder} shows how they do"]))
     return [] if launch.detach else wait(units)
 
 
@@ -127,9 +154,12 @@ def submit(units: Sequence[Unit], launcher: Mapping[str, Any], launch: LaunchCon
     last: list[str] = []
     size = launch.max_array_size or slurm_queue.max_array_size()
     shares = _shares(len(fresh), size, int(launcher["array_parallelism"]))
+    save_seconds = launch.save_seconds
+    if save_seconds is None:
+        save_seconds = SHARE_TO_SAVE * float(launcher["signal_delay_s"])
     for number, chunk in enumerate(chunks(fresh, size)):
         previous = last[number - len(shares)] if number >= len(shares) else None
-        points = [PointJob(unit.config, folder) for unit in chunk]
+        points = [PointJob(unit.config, folder, save_seconds) for unit in chunk]
         try:
             with contextlib.chdir(folder):
                 executor = _executor(launcher, shares[number % len(shares)], previous)
@@ -157,7 +187,7 @@ def wait(units: Sequence[Unit]) -> list[Status]:
     left, silent, pause = list(units), set[Unit](), FIRST_PAUSE
     while left:
         time.sleep(pause)
-        pause = min(1.3 * pause, LONGEST_PAUSE)
+        pause = min(GROWTH * pause, LONGEST_PAUSE)
         jobs = slurm_queue.jobs()
         for unit in list(left):
             found = status_of(unit, jobs)
@@ -232,6 +262,6 @@ def _warn_of_lost_work(commands: Sequence[Command], launcher: Mapping[str, Any])
     trains = settings.stage.value == "train" or (settings.stage.value == "loop" and "train" in settings.recipe.stages)
     if trains and launcher["max_num_timeout"] and any(c.run.training.save_every_steps is None for c in commands):
         log.warning(
-            "training.save_every_steps=null: a job that runs out of time starts again from the first step; set it to "
-            "what is done in some minutes"
+            "training.save_every_steps=null: a job that ends without Slurm's notice, as its node fails, starts again "
+            "from the first step; set it to what is done in some minutes"
         )

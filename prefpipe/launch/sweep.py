@@ -16,7 +16,7 @@ from prefpipe.check import default_stage, point_name, without_hydra
 from prefpipe.config import freeze, register_schemas, to_run_config
 from prefpipe.errors import ArtifactError, ConfigError, PrefpipeError
 from prefpipe.launch import status
-from prefpipe.launch.attempts import FAILED, Unit, queued_now
+from prefpipe.launch.attempts import DONE, FAILED, Unit, queued_now
 from prefpipe.launch.status import Status
 from prefpipe.logs import say, set_up_logging
 from prefpipe.processes import ChildError, run_process
@@ -55,6 +55,16 @@ def point_of(composed: DictConfig) -> tuple[DictConfig, Unit]:
     if point:
         cfg.point = point
     return cfg, Command(to_run_config(cfg), cfg).unit
+
+
+def is_done(command: Command, jobs: status.Jobs, launcher: Mapping[str, Any] | None = None) -> bool:
+    """Whether all that a point makes is there, of the very settings and inputs that it would be made of now.
+
+    launcher: the settings of hydra/launcher where Slurm runs it. Also where its last attempt failed, it is not done.
+    """
+    from prefpipe import plan
+
+    return status.status_of(command.unit, jobs).state == DONE and plan.finds_all(command, slurm=launcher)
 
 
 def frozen_text(cfg: DictConfig) -> str:

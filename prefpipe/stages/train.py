@@ -113,11 +113,6 @@ def _check_hardware(hardware: HardwareConfig, training: TrainingConfig, loss: Lo
             f"loss={loss.name} compares the pairs of a batch with each other, so they cannot be spread over "
             f"{world_size} processes; use hardware.gpus_per_node=1 and hardware.num_nodes=1"
         )
-    if hardware.zero_stage == 3 and training.reference == "moving":
-        raise ConfigError(
-            "training.reference=moving mixes whole weights, of which hardware.zero_stage=3 leaves each process but a "
-            "part; use hardware=zero2"
-        )
 
 
 def _check_reference(loss: Loss, training: TrainingConfig, reference_logps: Path | None) -> None:

@@ -1,14 +1,20 @@
-"""What a training run says of itself: metrics of a step, its speed and memory, and an alarm."""
+"""What a training run reports: metrics of each step, speed and memory, and an alarm."""
 
 import logging
+import os
 import resource
 import sys
+import time
 from collections import deque
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
+import orjson
 import torch
 from torch import Tensor
 
+from prefpipe.errors import DataError
 from prefpipe.logps import PairLogps, PairRewards
 from prefpipe.losses import Loss, LossOutput
 
@@ -16,7 +22,7 @@ log = logging.getLogger(__name__)
 
 ALARM_WINDOW = 20
 ALARM_FALL = 0.25
-"""Nats a token: chosen tokens are on average e^-0.25 = 0.78 times as likely as under the reference."""
+"""Nats per token: chosen tokens are on average e^-0.25 = 0.78 times as likely as under the reference."""
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense bf16 floating-point operations per second, by a part of the device's name; from the vendor's data sheets."""
@@ -40,25 +46,78 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, out: LossOutput, policy: PairLogps | PairRewards, reference: PairLogps | None) -> "Measured":
-        """What a micro-batch gave; stays on its device."""
+        """The results of a micro-batch; they stay on their device."""
         zeros = torch.zeros_like(policy.chosen)
         frozen = (zeros, zeros) if reference is None else (reference.chosen, reference.rejected)
         parts = (*out, policy.chosen, policy.rejected, *frozen, policy.chosen_tokens, policy.rejected_tokens)
         return cls(*(part.detach().double() for part in parts))
 
     @classmethod
-    def of_step(cls, micro_batches: "list[Measured]") -> "Measured":
-        """Those of a step together, on the CPU: the one transfer of the step."""
+    def joined(cls, micro_batches: "list[Measured]") -> "Measured":
+        """All micro-batches of an interval, on the CPU: the only transfer of its steps."""
         if not micro_batches:
             return cls(*torch.empty(len(cls._fields), 0, dtype=torch.float64))
         return cls(*torch.cat([torch.stack(part) for part in micro_batches], dim=1).cpu())
 
 
-def metrics(values: Measured, divisor: int, *, loss: Loss, with_reference: bool) -> dict[str, float]:
-    """Means over the global batch.
+class Interval:
+    """The optimizer steps since the last row of metrics.jsonl: training.log_every_steps of them, or fewer at the end.
 
-    rewards/accuracy_longer, accuracy_shorter: over the pairs whose chosen side has more, and fewer, tokens than the
-    rejected one: far apart, they tell that length is what was learnt. log_ratio: policy - reference, nats per token.
+    measured: micro-batches of this process, on their device. rows: of the data, one for each value in measured.
+    divisor, tokens: of the global batches. started: of the clock time.perf_counter.
+    """
+
+    def __init__(self) -> None:
+        self.measured: list[Measured] = []
+        self.rows: list[int] = []
+        self.steps = self.divisor = self.tokens = 0
+        self.started = time.perf_counter()
+
+    def add_step(self, divisor: int, tokens: int, *, rows: list[int]) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.divisor += divisor
+        self.tokens += tokens
+        self.rows += rows
+
+    def speed(self, parameters: int, device: torch.device, num_devices: int) -> dict[str, float]:
+        """`speed` of a step, on average."""
+        seconds = (time.perf_counter() - self.started) / self.steps
+        return speed(seconds, self.tokens / self.steps, parameters, device, num_devices)
+
+
+class LogFiles:
+    """metrics.jsonl, which a resumed run continues, and timing.jsonl, which no two runs have alike."""
+
+    def __init__(self, work: Path, *, written: bool) -> None:
+        """written: False in all processes but the first."""
+        self._files = [
+            (work / name if written else Path(os.devnull)).open("ab") for name in ("metrics.jsonl", "timing.jsonl")
+        ]
+
+    def write(self, *rows: dict[str, float]) -> None:
+        """A row of metrics and one of timing."""
+        for file, row in zip(self._files, rows, strict=True):
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            file.flush()
+
+    def synced(self) -> int:
+        """Bytes of metrics.jsonl, which are on disk when this returns."""
+        metrics_file = self._files[0]
+        with suppress(OSError):  # os.devnull
+            os.fsync(metrics_file.fileno())
+        return metrics_file.tell()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def metrics(values: Measured, divisor: int, *, loss: Loss, with_reference: bool) -> dict[str, float]:
+    """Means over the global batches of an interval; divisor is the sum of theirs.
+
+    rewards/accuracy_longer, accuracy_shorter: over the pairs whose chosen side has more, or fewer, tokens than the
+    rejected one; where they are far apart, the model has learnt length. log_ratio: policy - reference, nats per token.
     """
     found = {"train/loss": float(values.loss.sum()) / divisor}
     if not loss.of_rewards:
@@ -94,7 +153,7 @@ def _per_token(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
 
 
 class FallingChosen:
-    """Warns once when chosen completions have become much less likely, which a falling loss does not show."""
+    """Warns once when chosen completions have become much less likely, which a falling loss hides."""
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque(maxlen=ALARM_WINDOW)
@@ -108,18 +167,31 @@ class FallingChosen:
             self.warned = True
             log.warning(
                 "chosen completions have become less likely than under the reference, by %.2f nats a token over the "
-                "last %d steps; a loss that holds them up is loss=dpop, or any with loss.nll_weight=1; a lower "
-                "training.learning_rate or a higher loss.beta helps too",
+                "last %d rows of metrics.jsonl; a loss that holds them up is loss=dpop, or any with "
+                "loss.nll_weight=1; a lower training.learning_rate or a higher loss.beta helps too",
                 -mean,
                 len(self.recent),
             )
 
 
-def speed(seconds: float, tokens: int, parameters: int, device: torch.device, num_devices: int = 1) -> dict[str, float]:
-    """Of one step: tokens as plain batching would compute them, floating-point operations for those, this one's memory.
+def refuse_non_finite(loss: Tensor, rows: list[int], last: int, steps: int) -> None:
+    """Raise DataError with the rows whose loss, [B], is not finite. last: of so many steps, counted from 1."""
+    bad = [row for row, finite in zip(rows, torch.isfinite(loss).tolist(), strict=True) if not finite]
+    if bad:
+        which = f"step {last}" if steps == 1 else f"steps {last - steps + 1} to {last}"
+        raise DataError(
+            f"the loss of {which} is not finite for rows {bad[:8]} of inputs.pairs ({len(bad)} in all); look "
+            f"at those rows, lower training.learning_rate, or use hardware.precision=fp32"
+        )
 
-    mfu: model FLOPs utilization, 6 x parameters x tokens per second over what the device can do in bf16; on a known GPU
-    only. Prefix sharing computes less than that, so that it may pass 1.
+
+def speed(
+    seconds: float, tokens: float, parameters: int, device: torch.device, num_devices: int = 1
+) -> dict[str, float]:
+    """Speed of one step, in the tokens that padding-free batching without sharing computes, and this process's memory.
+
+    mfu: model FLOPs utilization, 6 x parameters x tokens per second over the device's bf16 peak; only on a known
+    GPU. Prefix sharing computes fewer tokens than are counted, so it may exceed 1.
     """
     flops = 6.0 * parameters * tokens / seconds
     row = {

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.settings import TrainingConfig
+from prefpipe.sharding import gathered
 from prefpipe.training.attention import DOCUMENTS, set_attention
 from prefpipe.training.batches import Batch, Example, collate, micro_batches
 from prefpipe.training.head import Head, TokenLogps, token_kl, token_logps
@@ -24,7 +25,7 @@ from prefpipe.training.last_layer import narrow_last_layer
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
-"""Of log-probabilities in nats, relative and absolute; the weights are float32, whose noise is a hundredth of it."""
+"""How far log-probabilities may differ, in nats, relative and absolute; rounding in float32 is a hundredth of it."""
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -33,14 +34,14 @@ NOTHING: frozenset[str] = frozenset()
 class Frozen:
     """A reference model in memory.
 
-    off: entered while it is asked; a policy switches its adapter off there, or exchanges it.
+    off: the context to evaluate it in; a policy that is its own reference switches or exchanges its adapter there.
     """
 
     model: nn.Module
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of its head, [N, V]."""
+        """Logits of its head, [N, V]."""
         with self.off():
             return Head.of(unwrapped(self.model))(hidden)
 
@@ -50,8 +51,8 @@ class Engine:
     """How log-probabilities are computed; every choice gives the same numbers.
 
     batching: "padded", "packed" or "shared". head: "plain", "chunked" or "auto" (TrainingConfig says what they are).
-    own_logits: take the logits that the model itself gives, of every position: for a head that ours does not reproduce.
-    attention: name, for set_attention, of the kernel where documents stand in one row.
+    own_logits: take the model's own logits, of every position, for models whose head `Head` does not reproduce.
+    attention: name, for set_attention, of the kernel used where several documents share a row.
     """
 
     device: torch.device
@@ -67,7 +68,7 @@ class Engine:
             narrow_last_layer(model)
 
     def with_fastest_attention(self, model: PreTrainedModel, dtype: torch.dtype) -> "Engine":
-        """This engine with the fastest kernel that the device has for documents in one row; the model is prepared."""
+        """This engine with the fastest attention kernel that works on the device, and the model prepared for it."""
         if self.batching == "padded":
             return self
         faster = replace(self, attention=fastest_attention(model, self.device, dtype))
@@ -83,7 +84,7 @@ class Engine:
         reads: frozenset[str] = NOTHING,
         reference: Frozen | None = None,
     ) -> PairLogps:
-        """PairLogps of B examples from one forward pass; SFT: rejected = 0 nats of 1 token.
+        """PairLogps of B examples from one forward pass; for SFT the rejected side is 0 nats of 1 token.
 
         reads: the optional parts wanted, as in Loss.reads; "kl" needs the reference model.
         """
@@ -113,9 +114,10 @@ class Engine:
         batch = batch._replace(positions=batch.ends).to(self.device)
         hidden = self._hidden(model, batch)
         with torch.autocast(self.device.type, enabled=False):
-            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            found: Tensor = unwrapped(model).score(wide)[:, 0]  # type: ignore[operator]
-        return found
+            score: Any = unwrapped(model).score
+            # The head is float32 but for ZeRO in 16 bits, which holds all parameters in one type.
+            found: Tensor = score(hidden.to(next(score.parameters()).dtype))[:, 0]
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """[N, H] hidden states that predict the targets; with own_logits [N, V] logits."""
@@ -129,7 +131,7 @@ class Engine:
         return states.flatten(0, 1)[batch.positions]
 
     def _decoded(self, inner: PreTrainedModel, batch: Batch) -> Tensor:
-        """_hidden of an encoder-decoder model, whose encoder sees a prompt once, however many completions it has."""
+        """`_hidden` of an encoder-decoder model; its encoder reads a prompt once, however many completions it has."""
         assert batch.encoder_ids is not None
         assert batch.encoder_mask is not None
         mask = batch.encoder_mask[batch.encoder_rows]
@@ -149,16 +151,18 @@ class Engine:
 
     def _token_logps(self, model: nn.Module, hidden: Tensor, batch: Batch, *, collision: bool) -> TokenLogps:
         mode = "plain" if self.own_logits else self.head
-        return token_logps(self._head(model), hidden, batch.targets, mode=mode, collision=collision)
+        head = self._head(model)
+        with gathered(head.module.parameters(recurse=False)):  # they are read outside its forward pass
+            return token_logps(head, hidden, batch.targets, mode=mode, collision=collision)
 
     def _head(self, model: nn.Module) -> Head:
         return Head(nn.Identity()) if self.own_logits else Head.of(unwrapped(model))
 
     @torch.no_grad()
     def each_token(self, model: nn.Module, batch: Batch) -> list[np.ndarray]:
-        """Of each of the batch's S completions the log-probability of each token, [C], nats; no gradients.
+        """Log-probabilities of the tokens of each of the batch's S completions: S arrays [C], nats, no gradients.
 
-        float32; of a float64 model float64.
+        They are float32, or float64 for a float64 model.
         """
         batch = batch.to(self.device)
         logps = self._token_logps(model, self._hidden(model, batch), batch, collision=False).logps
@@ -186,12 +190,12 @@ def choose_engine(
     device: torch.device,
     pairwise: bool = True,
 ) -> Engine:
-    """The engine of training.batching and training.head, tried on the shortest pairs before it is trusted.
+    """The engine that training.batching and training.head ask for, checked on the two shortest examples.
 
-    A family that overlooks the borders of our documents (a kernel of its own) would let one completion see another, and
-    the loss would still look fine. So each engine must reproduce what the model's own forward pass says of one
-    completion in a row: "auto" takes the first that does, a batching that is asked for by name and fails raises
-    ConfigError. The model's attention is set for the engine that is returned.
+    A model family that ignores document boundaries (because it has its own kernel) would let one completion attend to
+    another, and the loss would still look plausible. So each engine must reproduce what the model's own forward pass
+    gives for one completion at a time: "auto" takes the first that does; a batching that was named and does not raises
+    ConfigError. The model is left with the attention of the engine that is returned.
     """
     batching = training.batching
     candidates = ["shared", "packed", "padded"] if batching == "auto" else [batching]
@@ -245,7 +249,7 @@ def _why_not(
 def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
     """[N] values of tokens as [S, C] float64, 0 behind each completion's end.
 
-    float64: adding 2,000 tokens in float32 would cost DPO's first loss its fifth digit.
+    float64, because a sum of 2,000 tokens in float32 loses the fifth digit of DPO's first loss.
     """
     table = values.new_zeros(len(batch.lengths), batch.width, dtype=torch.float64)
     return table.index_put((batch.sequences, batch.offsets), values.double())
@@ -268,9 +272,9 @@ NOISE = re.compile(r"drop|jitter")
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """Switch every dropout off for good: a preference loss compares log-probabilities, noise would be part of them.
+    """Switch every dropout off for good: a preference loss compares log-probabilities, and noise would enter them.
 
-    Families keep its rate in an nn.Dropout, as a number of a module, or read it from their config.
+    Families keep the rate in an nn.Dropout, in an attribute of a module, or in their config.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

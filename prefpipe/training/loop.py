@@ -3,16 +3,12 @@
 import hashlib
 import logging
 import math
-import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
-import orjson
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,16 +16,18 @@ from transformers import PreTrainedModel
 from prefpipe import ladder, models
 from prefpipe.errors import DataError
 from prefpipe.files import write_json
+from prefpipe.launch.notice import Listener
 from prefpipe.losses import Loss, PairScores
 from prefpipe.progress import progress
 from prefpipe.records import Demonstration, Pair
 from prefpipe.reward_models import new_reward_model
 from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
+from prefpipe.sharding import num_elements
 from prefpipe.training import adapters, rewards
 from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
-from prefpipe.training.diagnostics import FallingChosen, Measured, metrics, speed
+from prefpipe.training.diagnostics import FallingChosen, Interval, LogFiles, Measured, metrics, refuse_non_finite
 from prefpipe.training.engine import Engine, Frozen, without_dropout
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
 from prefpipe.training.parallel import Parallel, connect
@@ -106,13 +104,16 @@ def train(job: Job) -> None:
     parallel.refuse_differences({"data": data, "config": hashlib.sha256(config.encode()).hexdigest()})
     log.info("training %s on %s in %s, %d processes", job.policy, device, parallel.precision, parallel.world_size)
 
-    policy = _load(job, job.policy, device)
+    policy = parallel.build(partial(_load, job, job.policy, device))
     own_attention = str(policy.config._attn_implementation)
-    engine = rewards.engine_for(loss, training, policy, examples, device=device)
+    with parallel.evaluating(policy):
+        engine = rewards.engine_for(loss, training, policy, examples, device=device)
     engine = engine.with_fastest_attention(policy, models.dtype_of(parallel.precision))
-    log.info("forward pass: batching %s, head %s, %s", engine.batching, engine.head, policy.config._attn_implementation)
+    forward_pass = f"batching {engine.batching}, head {engine.head}, {policy.config._attn_implementation}"
+    parallel.refuse_differences({"forward pass": forward_pass})
+    log.info("forward pass: %s", forward_pass)
     parallel.placed(policy)
-    with_gradients = with_adapter(policy, job.model)
+    with_gradients = parallel.build(partial(with_adapter, policy, job.model))
     reference = _reference(job, names, with_gradients, examples, engine, parallel) if loss.needs_reference else None
     if isinstance(reference, FixedReference) and parallel.is_first:
         to_csv(work / "reference_logps.csv", reference, names, examples)
@@ -121,7 +122,7 @@ def train(job: Job) -> None:
     with_gradients.train()
     trained = {name: p for name, p in with_gradients.named_parameters() if p.requires_grad}
     # That a token passes: one of the two stacks of an encoder-decoder, which are about as large.
-    num_parameters = sum(p.numel() for p in policy.parameters()) // (2 if policy.config.is_encoder_decoder else 1)
+    num_parameters = sum(map(num_elements, policy.parameters())) // (2 if policy.config.is_encoder_decoder else 1)
     moving = reference.moving() if isinstance(reference, OnlineReference) else {}
     parallel.prepare(with_gradients, trained, OPTIMIZERS[training.optimizer](trained.values(), training), moving)
 
@@ -135,7 +136,8 @@ def train(job: Job) -> None:
         logps = rewards.measure(engine, model, batch, loss, frozen_model)
         out = loss(logps, frozen, _scores(batch, device) if loss.needs_scores else None)
         if job.selection.apply == "loss":
-            out = out._replace(loss=out.loss * out.loss.new_tensor([example.weight for example in batch]))
+            weights = torch.tensor([example.weight for example in batch], dtype=out.loss.dtype)
+            out = out._replace(loss=out.loss * weights.to(device, non_blocking=True))
         if not micro:
             return out.loss.sum() * 0.0
         measured.append(Measured.of(out, logps, frozen))
@@ -145,53 +147,57 @@ def train(job: Job) -> None:
     ranks = [example.rank for example in examples]
     order = islice(data_order(len(examples), num_drawn, job.seed, ranks), first_step * training.global_batch_size, None)
     falling = FallingChosen()
-    metrics_file, timing_file = (_log_file(work / name, parallel) for name in ("metrics.jsonl", "timing.jsonl"))
-    with progress("train", unit="step", total=num_steps, done=first_step, show=parallel.is_first) as shown:
+    logs = LogFiles(work, written=parallel.is_first)
+    bar = progress("train", unit="step", total=num_steps, done=first_step, show=parallel.is_first)
+    with bar as shown, Listener(listens=parallel.is_first) as notice:
+        since = Interval()
         for step in range(first_step, num_steps):
-            started = time.perf_counter()
             indices = list(islice(order, training.global_batch_size))
             # Every pair (SFT: every token) of the global batch weighs the same, however it is cut into micro-batches.
             divisor = len(indices) if loss.pairwise else sum(examples[i].num_trained for i in indices)
-            measured: list[Measured] = []
             mine = parallel.share(micro_batches(examples, indices, training))
             for number, micro in enumerate(mine, 1):
-                part = partial(one_pass, micro=micro, divisor=divisor, measured=measured)
+                part = partial(one_pass, micro=micro, divisor=divisor, measured=since.measured)
                 parallel.backward(part, last=number == len(mine))
-            rows = [examples[i].row for micro in mine for i in micro]
-            everyone = parallel.all_of((Measured.of_step(measured), rows))
-            values = Measured.of_step([values for values, _ in everyone])
-            _refuse_non_finite(values.loss, [row for _, rows in everyone for row in rows], step)
             rate = learning_rate(step, num_steps, training)
             grad_norm = parallel.step(rate)
             if reference is not None:
                 reference.follow(step + 1)
+            tokens = sum(examples[i].tokens(pairwise=loss.pairwise) for i in indices)
+            since.add_step(divisor, tokens, rows=[examples[i].row for micro in mine for i in micro])
+            shown.update()
+            if (step + 1) % training.log_every_steps and step + 1 < num_steps:
+                continue
 
+            # Only from here on does this process wait for its device, and for the other processes.
+            everyone = parallel.all_of((Measured.joined(since.measured), since.rows, notice.heard()))
+            values = Measured.joined([values for values, *_ in everyone])
+            refuse_non_finite(values.loss, [row for _, rows, _ in everyone for row in rows], step + 1, since.steps)
             epoch = (step * training.global_batch_size + len(indices)) / len(examples)
             row = {"step": step + 1, "epoch": round(epoch, 6), "train/learning_rate": rate}
             row |= {"train/grad_norm": float(grad_norm)}
-            row |= metrics(values, divisor, loss=loss, with_reference=reference is not None)
+            row |= metrics(values, since.divisor, loss=loss, with_reference=reference is not None)
             falling.see(row)
-            metrics_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            metrics_file.flush()
-            tokens = sum(examples[i].tokens(pairwise=loss.pairwise) for i in indices)
-            seconds = time.perf_counter() - started
-            timing = {"step": step + 1} | speed(seconds, tokens, num_parameters, device, parallel.world_size)
-            timing_file.write(orjson.dumps(timing, option=orjson.OPT_APPEND_NEWLINE))
+            timing = since.speed(num_parameters, device, parallel.world_size)
+            logs.write(row, {"step": step + 1} | timing)
             shown.note(f"loss {row['train/loss']:.4f}")
-            shown.update()
-            if training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps:
-                _save_state(work, step + 1, parallel, metrics_file, data)
+            since = Interval()
+            regular = training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps
+            if regular or any(heard for *_, heard in everyone):
+                _save_state(work, step + 1, parallel, logs, data)
+                notice.answer()
 
-    metrics_file.close()
-    timing_file.close()
-    whole = parallel.whole()
+    logs.close()
+    weights = parallel.whole()
     if parallel.is_first:
-        if whole is not None:  # this process has but a part of them
+        if weights is not None and job.model.adapter != "none":
             with_gradients = with_adapter(_load(job, job.policy, torch.device("cpu")), job.model)
-            with_gradients.load_state_dict(whole, strict=False)
+            with_gradients.load_state_dict(weights, strict=False)
+            weights = None
         policy = adapters.save(with_gradients, work)
         set_attention(policy, own_attention)
-        models.save_weights(policy, work, like=job.policy, padding=template.tokenizer.pad_token_id)
+        padding = template.tokenizer.pad_token_id
+        models.save_weights(policy, work, like=job.policy, padding=padding, weights=weights)
         template.tokenizer.save_pretrained(work)
     parallel.wait()
 
@@ -236,10 +242,10 @@ def _reference(
     elif is_policy and not online:
         frozen = Frozen(policy)
     else:
-        second = _load(job, job.reference, engine.device)
+        second = parallel.build(partial(_load, job, job.reference, engine.device))
         engine.prepare(second)
-        parallel.placed(second)
-        frozen = Frozen(second.requires_grad_(False).eval())
+        parallel.freeze(second, keep_head="kl" in job.loss.reads)
+        frozen = Frozen(second)
         following = whole_model(second, policy) if moving else {}
     if online:
         alpha, every = training.reference_alpha or 0.0, training.reference_steps or 1
@@ -249,7 +255,7 @@ def _reference(
         weights=models.reference_digest(job.model, job.reference),
         precision=parallel.precision,
     )
-    with parallel.autocast(), frozen.off():
+    with parallel.autocast(), frozen.off(), parallel.evaluating(frozen.model):
         values = cached_values(
             frozen.model.eval(),
             examples,
@@ -269,27 +275,13 @@ def _scores(batch: list[Example], device: torch.device) -> PairScores:
                 f"row {example.row} of inputs.pairs has no scores, and the loss needs them; score and pair the "
                 f"completions, or use data whose pairs carry chosen_score and rejected_score"
             )
-    chosen, rejected = torch.tensor([e.scores for e in batch], dtype=torch.float64, device=device).unbind(1)
+    scores = torch.tensor([e.scores for e in batch], dtype=torch.float64)
+    chosen, rejected = scores.to(device, non_blocking=True).unbind(1)
     return PairScores(chosen, rejected)
 
 
-def _refuse_non_finite(loss: torch.Tensor, rows: list[int], step: int) -> None:
-    bad = [row for row, finite in zip(rows, torch.isfinite(loss).tolist(), strict=True) if not finite]
-    if bad:
-        raise DataError(
-            f"the loss of step {step + 1} is not finite for rows {bad[:8]} of inputs.pairs ({len(bad)} in all); look "
-            f"at those rows, lower training.learning_rate, or use hardware.precision=fp32"
-        )
-
-
-def _log_file(file: Path, parallel: Parallel) -> IO[bytes]:
-    return (file if parallel.is_first else Path(os.devnull)).open("ab")
-
-
-def _save_state(work: Path, step: int, parallel: Parallel, metrics_file: IO[bytes], data: str) -> None:
-    if parallel.is_first:
-        os.fsync(metrics_file.fileno())
-    parallel.save(work / "state", step, {"metrics_bytes": metrics_file.tell(), "data": data})
+def _save_state(work: Path, step: int, parallel: Parallel, logs: LogFiles, data: str) -> None:
+    parallel.save(work / "state", step, {"metrics_bytes": logs.synced(), "data": data})
 
 
 def _resume(work: Path, parallel: Parallel, *, data: str) -> int:

@@ -3,6 +3,7 @@
 The loop asks the same of each: a forward and backward pass, an optimizer step, a state to go on from, and the weights.
 """
 
+import gc
 import logging
 import math
 import os
@@ -12,14 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
-from prefpipe import models
+from prefpipe import models, sharding
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.settings import HardwareConfig, TrainingConfig
 from prefpipe.training import checkpoints
@@ -42,6 +44,8 @@ VERSIONS = ("prefpipe", "torch", "transformers", "accelerate", "deepspeed", "pef
 
 Compute = Callable[[nn.Module], Tensor]
 """A model → a scalar."""
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Forward(nn.Module):
@@ -135,8 +139,24 @@ class Parallel:
             parts[largest : largest + 1] = [whole[:half], whole[half:]] if half else [whole, []]
         return parts[self.rank :: self.world_size]
 
+    def build(self, make: Callable[[], Model]) -> Model:
+        """Call what loads a model, or adds to one; with ZeRO-3 this process gets only its shard of each parameter."""
+        return make()
+
     def placed(self, model: nn.Module) -> None:
         """Give a model the type in which it is held while it is trained, or asked as a reference."""
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within this context a model can be called before `prepare`; with ZeRO-3 by all processes at once."""
+        return nullcontext()
+
+    def freeze(self, model: PreTrainedModel, *, keep_head: bool) -> None:
+        """Take over a second model, which is only evaluated.
+
+        keep_head: with ZeRO-3, do not shard its head, because it is called tile by tile.
+        """
+        model.requires_grad_(False).eval()
+        self.placed(model)
 
     def prepare(
         self, model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, kept: dict[str, Any]
@@ -226,7 +246,10 @@ class Parallel:
         return WHOLE
 
     def whole(self) -> dict[str, Tensor] | None:
-        """The trained parameters in float32 on the CPU of the first process; None: the model itself holds them."""
+        """All parameters, or those of the adapter that was trained, in float32 on the CPU of the first process.
+
+        None: the model itself holds them.
+        """
         return None
 
 
@@ -246,8 +269,36 @@ class Zero(Parallel):
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
 
+    def build(self, make: Callable[[], Model]) -> Model:
+        if not self._shards_weights:
+            return make()
+        with sharding.sharded_loading(self._config("fp32")):  # `placed` converts the shards
+            return make()
+
+    @property
+    def _shards_weights(self) -> bool:
+        return self.hardware.zero_stage == 3
+
+    def _config(self, precision: str) -> dict[str, Any]:
+        return deepspeed_config(
+            self.hardware,
+            self.training,
+            precision=precision,
+            on_gpu=self.device.type == "cuda",
+            accumulation=self.training.accumulation(self.world_size),
+        )
+
     def placed(self, model: nn.Module) -> None:
-        model.to(models.dtype_of(self.precision))
+        sharding.cast(model, models.dtype_of(self.precision))
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
+        return sharding.gathering_in_forward(model)
+
+    def freeze(self, model: PreTrainedModel, *, keep_head: bool) -> None:
+        super().freeze(model, keep_head=keep_head)
+        sharding.gather_in_forward(model)
+        if keep_head:
+            sharding.keep_gathered(_head_parameters(model))
 
     def prepare(
         self, model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, kept: dict[str, Any]
@@ -255,24 +306,18 @@ class Zero(Parallel):
         import deepspeed
 
         self.trained, self.kept = trained, kept
-        config = deepspeed_config(
-            self.hardware,
-            self.training,
-            precision=self.precision,
-            on_gpu=self.device.type == "cuda",
-            accumulation=self.training.accumulation(self.world_size),
-        )
+        self.placed(model)  # an adapter has come; DeepSpeed converts no part of a model that is sharded already
         forward = Forward(model)
+        gc.collect()  # sharded parameters refer to themselves, so those of a reference that is done with are still here
         self.model, self.optimizer, *_ = deepspeed.initialize(
-            model=forward, optimizer=optimizer, config=config, dist_init_required=False
+            model=forward, optimizer=optimizer, config=self._config(self.precision), dist_init_required=False
         )
         stage = self.model.zero_optimization_stage()
         if not isinstance(self.model, deepspeed.DeepSpeedEngine) or stage != self.hardware.zero_stage:
             raise RuntimeError(f"DeepSpeed made {type(self.model)} with stage {stage} of the model")
-        if stage == 3:
+        if self._shards_weights:
             # The engine reads the head's weights without calling the head, so nothing else would gather them.
-            head = unwrapped(model).get_output_embeddings()
-            for parameter in () if head is None else head.parameters(recurse=False):
+            for parameter in _head_parameters(unwrapped(model)):
                 deepspeed.zero.register_external_parameter(forward, parameter)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -297,13 +342,27 @@ class Zero(Parallel):
     def _write(self, aside: Path) -> None:
         self.wait()  # for the folder
         self.model.save_checkpoint(str(aside), tag=TAG, save_latest=False)  # each process its own part
-        if self.is_first:
+        if self._shards_weights and self.kept:
+            self._folder_of_shards(aside).mkdir()
+            checkpoints.save_tensors(self._folder_of_shards(aside), self._kept_shards())
+        elif self.is_first:
             checkpoints.save_tensors(aside, self.kept)
         self.wait()
 
     def _read(self, path: Path) -> None:
         self.model.load_checkpoint(str(path), tag=TAG)
-        checkpoints.load_tensors(path, self.kept)
+        if self._shards_weights and self.kept:
+            checkpoints.load_tensors(self._folder_of_shards(path), self._kept_shards())
+            for parameter in self.kept.values():
+                sharding.drop_gathered(parameter)
+        else:
+            checkpoints.load_tensors(path, self.kept)
+
+    def _folder_of_shards(self, state: Path) -> Path:
+        return state / f"kept-{self.rank:05d}"
+
+    def _kept_shards(self) -> dict[str, Tensor]:
+        return {name: sharding.local_shard(parameter) for name, parameter in self.kept.items()}
 
     @property
     def _scaler(self) -> Any:
@@ -313,11 +372,23 @@ class Zero(Parallel):
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
-        for name, parameter in self.trained.items():
-            full = safe_get_full_fp32_param(parameter)
+        model = self.model.module.model
+        for name, parameter in model.named_parameters():
+            if name in self.trained:
+                full = safe_get_full_fp32_param(parameter)
+            elif isinstance(model, PreTrainedModel):  # not the frozen weights under an adapter
+                with sharding.gathered([parameter]):
+                    full = parameter.data
+            else:
+                continue
             if self.is_first:
                 weights[name] = full.detach().float().cpu()
         return weights
+
+
+def _head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    head = model.get_output_embeddings()
+    return [] if head is None else list(head.parameters(recurse=False))
 
 
 def connect(hardware: HardwareConfig, training: TrainingConfig, device: torch.device, *, world_size: int) -> Parallel:

@@ -1,6 +1,7 @@
 """Where the reference's log-probabilities come from: a cache, a file, a model in memory, or one that follows."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from prefpipe.errors import ConfigError
 from prefpipe.logps import PairLogps
 from prefpipe.progress import progress
 from prefpipe.records import Split
 from prefpipe.settings import TrainingConfig
+from prefpipe.sharding import drop_gathered, local_shard
 from prefpipe.training.batches import Example, collate, micro_batches
 from prefpipe.training.engine import Engine, Frozen
 from prefpipe.training.parallel import Parallel
@@ -63,15 +66,15 @@ class FixedReference(Reference):
         return cls(sums, tokens, device, values)
 
     def logps(self, indices: Sequence[int], reads: frozenset[str]) -> PairLogps:
-        sums = torch.from_numpy(self.sums[:, indices]).to(self.device)
-        tokens = torch.from_numpy(self.tokens[:, indices]).to(self.device)
+        sums = torch.from_numpy(self.sums[:, indices]).to(self.device, non_blocking=True)
+        tokens = torch.from_numpy(self.tokens[:, indices]).to(self.device, non_blocking=True)
         if "token_logps" not in reads:
             return PairLogps(*sums, *tokens)
         assert self.values is not None
         sides = [[self.values[2 * index + side] for index in indices] for side in (0, 1)]
         width = max(len(row) for side in sides for row in side)
         tables = [torch.from_numpy(np.stack([np.pad(row, (0, width - len(row))) for row in side])) for side in sides]
-        return PairLogps(*sums, *tokens, *(table.double().to(self.device) for table in tables))
+        return PairLogps(*sums, *tokens, *(table.double().to(self.device, non_blocking=True) for table in tables))
 
 
 class OnlineReference(Reference):
@@ -110,7 +113,9 @@ class OnlineReference(Reference):
     def follow(self, step: int) -> None:
         if step % self.every == 0:
             for mine, theirs in self.following.values():
-                mine.lerp_(theirs.to(mine.dtype), self.alpha)
+                shard = local_shard(mine)  # both are sharded alike
+                shard.lerp_(local_shard(theirs).to(shard.device, shard.dtype), self.alpha)
+                drop_gathered(mine)
 
     def moving(self) -> dict[str, nn.Parameter]:
         """What training changes of it, by name: a resumable state holds it too."""
@@ -118,8 +123,16 @@ class OnlineReference(Reference):
 
 
 def whole_model(reference: nn.Module, policy: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """OnlineReference.following of a second model: every parameter follows that of the same name."""
+    """OnlineReference.following of a second model: every parameter follows that of the same name.
+
+    Raises ConfigError when the two do not have the same parameters.
+    """
     theirs = dict(policy.named_parameters())
+    if apart := sorted({name for name, _ in reference.named_parameters()} ^ theirs.keys()):
+        raise ConfigError(
+            f"training.reference=moving: inputs.reference and the policy do not have the same parameters: only one of "
+            f"them has {', '.join(apart[:3])}; start both from the same model, or use training.reference=cached"
+        )
     return {name: (mine, theirs[name]) for name, mine in reference.named_parameters()}
 
 
@@ -201,14 +214,17 @@ def _fill(
     chunks = micro_batches(examples, range(len(examples)), training)
     wanted = [chunk for chunk in chunks if not all(known[2 * i] and known[2 * i + 1] for i in chunk)]
     among.wait()  # all have to see the same as known, to agree on who does what
-    wanted = wanted[among.rank :: among.world_size]
+    mine = wanted[among.rank :: among.world_size]
     log.info("reference: %d of %d completions are in the cache", sum(known), len(known))
-    with progress("reference", unit="batch", total=len(wanted), show=among.is_first) as shown:
-        for start in range(0, len(wanted), BLOCK):
+    with progress("reference", unit="batch", total=len(mine), show=among.is_first) as shown:
+        for start in range(0, len(mine), BLOCK):
             found: dict[bytes, Logps] = {}
-            for chunk in wanted[start : start + BLOCK]:
+            for chunk in mine[start : start + BLOCK]:
                 batch = collate([examples[i] for i in chunk], engine.batching, pairwise=True)
                 sides = [2 * i for i in chunk] + [2 * i + 1 for i in chunk]
                 found |= zip((keys[side] for side in sides), engine.each_token(model, batch), strict=True)
                 shown.update()
             cache.add(list(found), list(found.values()))
+    if len(mine) < math.ceil(len(wanted) / among.world_size):
+        # With ZeRO-3, processes gather weights together, so each makes as many forward passes as any other.
+        engine.each_token(model, collate([examples[i] for i in wanted[0]], engine.batching, pairwise=True))

@@ -40,7 +40,7 @@ def pair_rewards(engine: Engine, model: nn.Module, examples: Sequence[Example]) 
     """PairRewards of B examples from one forward pass."""
     batch = collate(examples, engine.batching, pairwise=True)
     chosen, rejected = engine.rewards(model, batch).chunk(2)
-    return PairRewards(chosen, rejected, *batch.lengths.to(chosen.device).chunk(2))
+    return PairRewards(chosen, rejected, *batch.lengths.to(chosen.device, non_blocking=True).chunk(2))
 
 
 @torch.no_grad()
@@ -55,16 +55,17 @@ def all_rewards(engine: Engine, model: nn.Module, examples: Sequence[Example], t
 
 
 @torch.no_grad()
-def own_reward(model: PreTrainedModel, ids: Sequence[int], device: torch.device) -> Tensor:
-    """What the model's own forward pass says of one sequence without padding, [], float32 at least.
+def own_rewards(model: PreTrainedModel, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """What the model's own forward pass gives for B sequences of one length, [B], float32 at least.
 
-    Without a padding token transformers reads the last token, whichever it is.
+    No id counts as padding here, so transformers reads the last token, whichever it is.
     """
-    padding, model.config.get_text_config().pad_token_id = model.config.get_text_config().pad_token_id, None
+    config = model.config.get_text_config()
+    padding, config.pad_token_id = config.pad_token_id, -1
     try:
-        logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, 0]
+        logits: Tensor = model(input_ids=torch.tensor([list(row) for row in rows], device=device)).logits[:, 0]
     finally:
-        model.config.get_text_config().pad_token_id = padding
+        config.pad_token_id = padding
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -77,7 +78,7 @@ def choose_reward_engine(
     """
     shortest = sorted(examples, key=lambda e: (e.length, e.row))[:2]
     sides = [[*e.prompt, *side] for e in shortest for side in (e.chosen, e.rejected)]
-    expected = torch.stack([own_reward(model, ids, device) for ids in sides]).double().cpu().view(-1, 2).T
+    expected = torch.cat([own_rewards(model, [ids], device) for ids in sides]).double().cpu().view(-1, 2).T
     candidates = ["shared", "packed", "padded"] if training.batching == "auto" else [training.batching]
     own_attention = str(model.config._attn_implementation)
     together = replace(training, micro_batch_size=2, micro_batch_tokens=None)

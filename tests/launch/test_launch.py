@@ -1,6 +1,7 @@
 """Attempts are recorded whatever ends them; status believes manifests, then records, then Slurm; retry repeats."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import orjson
@@ -16,6 +18,8 @@ import pytest
 
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
+from prefpipe.check import Checker
+from prefpipe.config import CONF_DIR, to_run_config
 from prefpipe.errors import ArtifactError, ConfigError, kind_of
 from prefpipe.launch.attempts import (
     DONE,
@@ -33,7 +37,10 @@ from prefpipe.launch.attempts import (
 from prefpipe.launch.slurm import _shares, describe
 from prefpipe.launch.slurm_queue import Job
 from prefpipe.launch.status import status_of, statuses, table
+from prefpipe.launch.sweep import is_done, point_of
 from prefpipe.processes import ChildError, run_process
+from prefpipe.records import ScoredCompletion, completion_id, prompt_id
+from prefpipe.run import Command
 from prefpipe.settings import LaunchConfig
 
 EARLIER, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:10:00Z"
@@ -251,6 +258,53 @@ def test_a_folder_without_attempts_is_refused(tmp_path):
         statuses(tmp_path)
 
 
+# ------------------------------------------------------------------------------------- what is done
+
+
+def scored_rows(number: int) -> list[ScoredCompletion]:
+    rows = []
+    for index in range(number):
+        messages = [{"role": "user", "content": f"question {index // 2}"}]
+        prompt, text = prompt_id(messages), f"answer {index}"
+        identity = {"prompt_id": prompt, "completion_id": completion_id(prompt, text, index, 0), "messages": messages}
+        rows.append(ScoredCompletion(**identity, source="test", text=text, scores={"s": float(index % 2)}))
+    return rows
+
+
+def test_a_point_is_done_while_a_new_start_would_change_nothing(tmp_path):
+    """Not when its input has changed, its settings, or its output is gone; nor where it is to be made anew."""
+    scored = tmp_path / "scored"
+    with artifacts.draft(scored, Plan("score", ScoredCompletion.schema, {})) as draft:
+        draft.commit_stream(scored_rows(4))
+
+    @cache
+    def point(*more: str) -> Command:
+        common = ["stage=pair", "pairer=best_worst", f"inputs.scored={scored}", f"paths.runs={tmp_path / 'runs'}"]
+        (composed,) = Checker(CONF_DIR, [CONF_DIR], "config", multirun=True).check([*common, "seed=1", *more])
+        cfg, unit = point_of(composed)
+        assert unit.point == "pairer=best_worst,seed=1"
+        return Command(to_run_config(cfg), cfg)
+
+    assert not is_done(point(), None)
+    point().start()
+    assert is_done(point(), None)
+    assert is_done(point("hardware.num_threads=2"), {})
+    assert not is_done(point("overwrite=true"), None)
+    unit = point().unit
+    with pytest.raises(ArtifactError), attempt_at(unit):
+        raise ArtifactError("made with other settings")
+    assert not is_done(point(), None)  # until its status says so again
+    point().start()
+    assert is_done(point(), None)
+    with artifacts.draft(scored, Plan("score", ScoredCompletion.schema, {}), overwrite=True) as draft:
+        draft.commit_stream(scored_rows(6))
+    assert not is_done(point(), None)
+    point("overwrite=true").start()
+    assert is_done(point(), None)
+    shutil.rmtree(point().layout.output("pairs"))
+    assert not is_done(point(), None)
+
+
 # ------------------------------------------------------------------------------------- arrays
 
 
@@ -292,7 +346,12 @@ def test_what_slurm_alone_can_do_is_refused_elsewhere(cli):
     assert "launch.detach=true would be ignored by hydra/launcher=basic" in line
     line = refused(cli(*sweep, "hydra/launcher=slurm_2x8", check=False))
     assert "hydra.launcher.nodes=2, and the run is for hardware.num_nodes=1; they must be equal" in line
-    assert "launch.max_array_size=0 must be at least 1" in refused(cli(*sweep, "launch.max_array_size=0", check=False))
+    line = refused(cli(*sweep, "hydra/launcher=slurm_cpu", "launch.max_array_size=0", check=False))
+    assert "launch.max_array_size=0 must be at least 1" in line
+    line = refused(cli(*sweep, "launch.save_seconds=9", check=False))
+    assert "launch.save_seconds=9.0 would be ignored by hydra/launcher=basic" in line
+    line = refused(cli(*sweep, "hydra/launcher=slurm_cpu", "launch.save_seconds=120", check=False))
+    assert "launch.save_seconds=120.0 must be less than hydra.launcher.signal_delay_s=120" in line
     assert "usage: prefpipe status DIR" in refused(cli("status", check=False))
     assert "nowhere: no such folder" in refused(cli("retry", "nowhere", check=False))
 

@@ -22,7 +22,7 @@ def measured() -> Measured:
         reference = policy._replace(chosen=policy.chosen - 1.0, rejected=policy.rejected + 2.0)
         out = LossOutput(*(torch.tensor(v)[pick] for v in ([1.0, 2.0, 6.0], [0.5, -1.0, 0.0], [0.0, 1.0, 0.0])))
         parts.append(Measured.of(out, policy, reference))
-    return Measured.of_step(parts)
+    return Measured.joined(parts)
 
 
 def test_means_over_the_global_batch():

@@ -9,7 +9,7 @@ import orjson
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError, DataError
@@ -165,6 +165,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_folder, loss, 
         assert torch.equal(value, weights(tmp_path / "killed")[key]), key
 
 
+def test_a_row_of_several_steps_holds_their_means(tmp_path, tiny_folder, monkeypatch):
+    """The last row is of fewer; weights are the same, and a killed run writes the same rows."""
+    each = replace(TRAINING, max_steps=7)
+    every = replace(each, log_every_steps=3, save_every_steps=3)
+    train(job(tmp_path / "each", tiny_folder, DPO(), each))
+    train(job(tmp_path / "every", tiny_folder, DPO(), every))
+    rows, found = metrics(tmp_path / "each"), metrics(tmp_path / "every")
+    assert [row["step"] for row in found] == [3, 6, 7]
+    for row, part in zip(found, (rows[:3], rows[3:6], rows[6:]), strict=True):
+        for key in ("train/loss", "train/rewards/margin", "train/rewards/accuracy", "train/logps/chosen"):
+            assert row[key] == pytest.approx(sum(step[key] for step in part) / len(part), rel=1e-9)
+        for key in ("epoch", "train/learning_rate", "train/grad_norm"):
+            assert row[key] == part[-1][key]
+    timing = [orjson.loads(line) for line in (tmp_path / "every" / "timing.jsonl").read_bytes().splitlines()]
+    assert [row["step"] for row in timing] == [3, 6, 7]
+    real = loop._save_state
+
+    def save_then_die(*args):
+        real(*args)
+        raise KilledError
+
+    monkeypatch.setattr(loop, "_save_state", save_then_die)
+    with pytest.raises(KilledError):
+        train(job(tmp_path / "killed", tiny_folder, DPO(), every))
+    monkeypatch.undo()
+    train(job(tmp_path / "killed", tiny_folder, DPO(), every))
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "every" / "metrics.jsonl").read_bytes()
+    for folder in ("every", "killed"):
+        for key, value in weights(tmp_path / "each").items():
+            assert torch.equal(value, weights(tmp_path / folder)[key]), key
+
+
+def test_a_loss_of_several_steps_that_is_not_finite_stops_with_the_rows(tmp_path, tiny_folder):
+    training = replace(TRAINING, learning_rate=1e38, max_grad_norm=1e38, max_steps=4, log_every_steps=4)
+    with pytest.raises(DataError, match=r"the loss of steps 1 to 4 is not finite for rows \[\d"):
+        train(job(tmp_path, tiny_folder, IPO(), training))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("log", "save"), [(0, None), (2, 3)])
+def test_states_hold_whole_rows_of_metrics(log, save):
+    with pytest.raises(ConfigError, match=r"training\.log_every_steps=\d must be at least 1 and divide"):
+        TrainingConfig(log_every_steps=log, save_every_steps=save)
+
+
 @pytest.mark.parametrize("kind", ["online", "cached"])
 def test_online_and_cached_references_are_the_same(tmp_path, tiny_folder, kind):
     train(job(tmp_path / "auto", tiny_folder, DPO()))
@@ -277,6 +322,15 @@ def test_other_weights_have_other_reference_values(tmp_path, tiny_folder):
         shutil.copy(file, folder / "model.safetensors")
     train(job(tmp_path / "b", folder, DPO()))
     assert metrics(tmp_path / "b")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_moving_reference_of_another_model_is_refused(tmp_path, tiny_folder):
+    config = AutoConfig.from_pretrained(tiny_folder)
+    config.tie_word_embeddings = not config.tie_word_embeddings
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    training = replace(TRAINING, reference="moving", reference_alpha=0.5, reference_steps=1)
+    with pytest.raises(ConfigError, match=r"training\.reference=moving: .* only one of them has lm_head\.weight"):
+        train(replace(job(tmp_path / "work", tiny_folder, DPO(), training), reference=tmp_path / "other"))
 
 
 def test_a_loss_of_scores_names_the_row_without_any(tmp_path, tiny_folder):

@@ -1,6 +1,7 @@
 """Training in several processes: DDP and DeepSpeed's ZeRO give the losses of one process, and go on exactly."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +13,15 @@ from typing import Any
 
 import orjson
 import pytest
+import test_encoder_decoder
 import torch
 from test_loop import TRAINING, job, metrics, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefpipe import torchrun
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
+from prefpipe.launch import notice
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
 from prefpipe.training.deepspeed import deepspeed_config
 from prefpipe.training.loop import train
@@ -35,11 +38,11 @@ LONG = replace(TRAINING, max_steps=20, save_every_steps=7)
 LOSSES = ("dpo", "simpo")
 
 
-def run(folder: Path, jobs: list[dict[str, Any]], *, num: int = 2, fails: bool = False) -> str:
+def run(folder: Path, jobs: list[dict[str, Any]], *, num: int = 2, fails: bool = False, **more: str) -> str:
     """Jobs one after the other in `num` processes; what they print."""
     hardware = HardwareConfig(name="test", device="cpu", num_threads=1, gpus_per_node=num, zero_stage=1)
     command = torchrun.command(hardware, "parallel_jobs", [str(folder), orjson.dumps(jobs).decode()])
-    environment = torchrun.environment(hardware) | {"PYTHONPATH": str(HERE)}
+    environment = torchrun.environment(hardware) | {"PYTHONPATH": str(HERE)} | more
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -81,38 +84,105 @@ def test_two_processes_give_the_losses_and_the_weights_of_one(tmp_path, tiny_fol
         assert torch.allclose(model(ids).logits, same(ids).logits, atol=1e-2)
 
 
+def wide_model(folder: Path, tiny: Path, *, seed: int, width: int = 320, layers: int = 2, tied: bool = True) -> str:
+    """A model whose matrices have more than the 100,000 elements up to which DeepSpeed keeps parameters whole."""
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(tiny)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = width, 2 * width, layers
+    config.head_dim, config.num_attention_heads, config.num_key_value_heads = 64, width // 64, width // 64
+    config.tie_word_embeddings = tied
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+FEW = replace(TRAINING, max_steps=4)
+ONLINE = replace(FEW, reference="online")
+MOVING = replace(FEW, reference="moving", reference_alpha=0.6, reference_steps=2)
+LORA = {"adapter": "lora", "adapter_rank": 4}
+DORA = {"adapter": "dora", "adapter_rank": 4}
+
+
 @pytest.mark.integration
-def test_sharded_weights_are_whole_wherever_they_are_read(tmp_path, tiny_folder):
-    """Recomputed activations, a head in tiles, an adapter that is off for the reference, distributions, rewards."""
+@pytest.mark.parametrize(
+    ("hardware", "wanted"),
+    [
+        ("zero3", ("other", "cached", "rewards", "budget", "t5")),
+        ("zero3", ("kl", "moving")),
+        ("zero3", ("lora", "dora", "moving_adapter", "rewards_adapter")),
+        ("offload", ("other", "moving")),
+    ],
+    ids=["models", "distributions", "adapters", "offload"],
+)
+def test_sharded_weights_are_whole_wherever_they_are_read(tmp_path, tiny_folder, t5_folder, hardware, wanted):
+    """A second model, recomputed activations, a head in tiles, adapters that are switched off, rewards, T5."""
     pytest.importorskip("deepspeed")
-    few = replace(TRAINING, max_steps=4)
-    recomputed = replace(few, gradient_checkpointing=True, head="chunked", reference="online")
-    lora = {"adapter": "lora", "adapter_rank": 4}
-    budget = replace(few, micro_batch_tokens=150, num_epochs=1.3, max_steps=None)
-    jobs = [
-        spec(tmp_path / "recomputed", "dpo", "zero3", recomputed),
-        spec(tmp_path / "lora", "dpo", "zero3", replace(few, reference="online"), model=lora),
-        spec(tmp_path / "kl", "tdpo", "zero3", few),
-        spec(tmp_path / "rewards", "bradley_terry", "zero3", few),
-        spec(tmp_path / "budget", "ipo", "zero3", budget),
-    ]
+    tied = wide_model(tmp_path / "tied_model", tiny_folder, seed=1)
+    second = wide_model(tmp_path / "second_model", tiny_folder, seed=2)
+    untied = wide_model(tmp_path / "untied_model", tiny_folder, seed=3, tied=False)
+    recomputed = replace(ONLINE, gradient_checkpointing=True, head="chunked")
+    budget = replace(FEW, micro_batch_tokens=150, num_epochs=1.3, max_steps=None)
+    single_pairs = replace(FEW, micro_batch_size=1)  # 7 in the pass of the reference: one process has 3
+    every = {
+        "other": spec(tmp_path / "other", "dpo", hardware, recomputed, folder=tied, reference=untied),
+        "cached": spec(tmp_path / "cached", "dpo", hardware, single_pairs, folder=untied),
+        "rewards": spec(tmp_path / "rewards", "bradley_terry", hardware, FEW, folder=tied),
+        "budget": spec(tmp_path / "budget", "ipo", hardware, budget, folder=tied),
+        "t5": spec(tmp_path / "t5", "dpo", hardware, FEW, folder=str(t5_folder), encoder_decoder=True),
+        "kl": spec(tmp_path / "kl", "tdpo", hardware, FEW, folder=tied, reference=untied),
+        "moving": spec(tmp_path / "moving", "tdpo", hardware, MOVING, folder=tied, reference=second),
+        "lora": spec(tmp_path / "lora", "tdpo", hardware, ONLINE, folder=tied, model=LORA),
+        "dora": spec(tmp_path / "dora", "dpo", hardware, FEW, folder=untied, model=DORA),
+        "moving_adapter": spec(tmp_path / "moving_adapter", "dpo", hardware, MOVING, folder=tied, model=LORA),
+        "rewards_adapter": spec(tmp_path / "rewards_adapter", "bradley_terry", hardware, FEW, folder=tied, model=LORA),
+    }
+    jobs = [every[name] for name in wanted]
     run(tiny_folder, jobs)
     for one in jobs:
-        work, loss = Path(one["work"]), COMPONENTS["loss"][one["loss"]]()
-        single = job(work.with_suffix(".alone"), tiny_folder, loss, TrainingConfig(**one["training"]))
-        train(replace(single, model=ModelConfig(name="tiny", path="builtin:tiny", **one.get("model", {}))))
+        work, loss, folder = Path(one["work"]), COMPONENTS["loss"][one["loss"]](), Path(one["folder"])
+        made = test_encoder_decoder.job if "encoder_decoder" in one else job
+        single = made(tmp_path / "alone" / work.name, folder, loss, TrainingConfig(**one["training"]))
+        model = ModelConfig(name="tiny", path="builtin:tiny", **one.get("model", {}))
+        train(replace(single, model=model, reference=Path(one.get("reference", folder))))
         expected, found = losses(single.work), losses(work)
         assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < 1e-4, work.name
+        before, saved, whole = weights(folder), weights(work), weights(single.work)
+        assert saved.keys() == whole.keys()
+        for key, value in whole.items():  # Adam turns the sign of a rounding error into a step
+            assert torch.allclose(saved[key], value, atol=1e-3), (work.name, key)
+        assert any(not torch.equal(value, before[key]) for key, value in saved.items() if key in before)
+        assert (work / "config.json").read_bytes() == (single.work / "config.json").read_bytes()
+        AutoTokenizer.from_pretrained(work)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("hardware", ["ddp", "zero3"])
-def test_killed_and_gone_on_is_the_same_run_bit_for_bit(tmp_path, tiny_folder, hardware):
+def test_no_process_ever_holds_the_whole_model(tmp_path, tiny_folder):
+    """95 MiB in two processes: what each has allocated while it loads the model and calls it."""
+    pytest.importorskip("deepspeed")
+    folder = wide_model(tmp_path / "model", tiny_folder, seed=0, width=640, layers=6)
+    run(tiny_folder, [{"folder": folder, "measure": f"{tmp_path}/rank"}], MALLOC_MMAP_THRESHOLD_="65536")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(20)[None]).logits[0, -1]
+    for rank in (0, 1):
+        found = orjson.loads((tmp_path / f"rank.{rank}.json").read_bytes())
+        assert found["whole"] > 90 * 2**20
+        assert found["held"] == pytest.approx(found["whole"] / 2, rel=0.01)
+        assert found["loaded"] < 0.7 * found["whole"]
+        assert found["peak"] < 0.8 * found["whole"]
+        assert torch.allclose(torch.tensor(found["logits"]), expected, atol=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("hardware", "at_notice"), [("ddp", False), ("ddp", True), ("zero3", False)])
+def test_killed_and_gone_on_is_the_same_run_bit_for_bit(tmp_path, tiny_folder, monkeypatch, hardware, at_notice):
+    """From a state of each second step, or the one of Slurm's notice, which the first process alone gets to know."""
     if HARDWARE[hardware]:
         pytest.importorskip("deepspeed")
-    training = replace(TRAINING, max_steps=5, save_every_steps=2)
+    training = replace(MOVING if hardware == "zero3" else TRAINING, max_steps=5)
+    training = replace(training, save_every_steps=None if at_notice else 2)
+    monkeypatch.setenv(notice.VARIABLE, str(tmp_path / "train-round_0"))
+    told = {"notice_in": 4} if at_notice else {}
     started = time.monotonic()
-    run(tiny_folder, [spec(tmp_path / "killed", "dpo", hardware, training, kill_after=4)], fails=True)
+    run(tiny_folder, [spec(tmp_path / "killed", "dpo", hardware, training, kill_after=4, **told)], fails=True)
     assert time.monotonic() - started < 120
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     both = [spec(tmp_path / name, "dpo", hardware, training) for name in ("killed", "whole")]
@@ -123,6 +193,7 @@ def test_killed_and_gone_on_is_the_same_run_bit_for_bit(tmp_path, tiny_folder, h
     if hardware == "zero3":
         state = tmp_path / "killed" / "state"
         assert any("zero_pp_rank_1" in file.name for file in state.rglob("*"))
+        assert len(list(state.glob("step-000004/kept-*/model.safetensors"))) == 2  # shards of the moving reference
         (tmp_path / "killed" / "model.safetensors").unlink()
         said = run(tiny_folder, [spec(tmp_path / "killed", "dpo", "zero2", training)], fails=True)
         assert "is a state of ZeRO-3 in 2 processes, and this run is ZeRO-2 in 2 processes" in said
