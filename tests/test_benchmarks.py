@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from benchmarks import deduplicate, generation, pairing, scoring
+from benchmarks import deduplicate, driver, generation, pairing, scoring
 from benchmarks.harness import compare, report
 from benchmarks.profiles import PROFILES, SHAPES, build_tokenizer, make_pairs, padding
 
@@ -76,11 +76,32 @@ def test_a_calculator_that_is_wrong_is_refused() -> None:
         generation.refuse_wrong_results(["<<2*3=7>>"])
 
 
+def test_vllm_that_samples_other_tokens_is_refused(tmp_path: Path) -> None:
+    from benchmarks.vllm_generation import refuse_other_tokens
+    from prefpipe.records import Completion
+
+    common = {"prompt_id": "p", "messages": [], "source": "t", "text": ""}
+    ours = [Completion(completion_id=str(i), token_ids=[i, 7], **common) for i in range(100)]
+    theirs = [[i, 7] for i in range(99)] + [[0]]
+    file = tmp_path / "theirs.jsonl"
+    file.write_bytes(b"".join(orjson.dumps({"ids": ids}) + b"\n" for ids in theirs))
+    assert refuse_other_tokens(ours, file) == 0.99
+    file.write_bytes(b"".join(orjson.dumps({"ids": ids}) + b"\n" for ids in theirs[1:] + theirs[:1]))
+    with pytest.raises(SystemExit, match="gate: only"):
+        refuse_other_tokens(ours, file)
+
+
 @pytest.mark.parametrize("name", pairing.PROFILES)
 def test_pairing(name: str) -> None:
     (row,) = pairing.run(repeats=1, num_completions=64, names=[name])
     assert row.ratio > 0
     assert 20 < row.details["theirs_peak_mib"] < row.details["allowed_peak_mib"]
+
+
+def test_seconds_are_held_against_what_is_allowed() -> None:
+    row = driver.against_allowed("plan", [1.0, 2.0, 4.0], {})
+    assert (row.ratio, row.ratio_min, row.ratio_max, row.target) == (0.75, 0.375, 1.5, 1.0)
+    assert (row.ours_seconds, row.theirs_seconds, row.details["max_seconds"]) == (2.0, 1.5, 4.0)
 
 
 def test_deduplicate() -> None:

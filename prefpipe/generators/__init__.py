@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -155,11 +155,8 @@ def _ids(prompt: Prompt, template: ChatTemplate) -> list[int]:
     return [*begun.prompt, *begun.completion]
 
 
-def sampled_completion(
-    prompt: Prompt, answer: Sampled, *, template: ChatTemplate, sample: int, seed: int, round_: int, model: str
-) -> Completion:
-    """The record of what an engine sampled. seed: of the request. model: digest of the weights."""
-    text = template.decode(answer.token_ids)
+def written(prompt: Prompt, text: str, *, sample: int, round_: int) -> Completion:
+    """The record of a text for a prompt; what is known of how it was written, the caller adds."""
     return Completion(
         prompt_id=prompt.prompt_id,
         completion_id=completion_id(prompt.prompt_id, text, sample, round_),
@@ -167,13 +164,23 @@ def sampled_completion(
         source=prompt.source,
         split=prompt.split,
         answer=prompt.answer,
-        meta=prompt.meta if answer.calculator is None else prompt.meta | {"calculator": answer.calculator},
+        meta=prompt.meta,
         text=text,
+        round=round_,
+    )
+
+
+def sampled_completion(
+    prompt: Prompt, answer: Sampled, *, template: ChatTemplate, sample: int, seed: int, round_: int, model: str
+) -> Completion:
+    """The record of what an engine sampled. seed: of the request. model: digest of the weights."""
+    return replace(
+        written(prompt, template.decode(answer.token_ids), sample=sample, round_=round_),
+        meta=prompt.meta if answer.calculator is None else prompt.meta | {"calculator": answer.calculator},
         token_ids=answer.token_ids,
         logp=answer.logp,
         finish_reason=answer.finish_reason,
         seed=seed,
-        round=round_,
         model=model,
     )
 

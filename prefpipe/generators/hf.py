@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefpipe import models
 from prefpipe.annotations import FREE, Annotations, Writer
 from prefpipe.components import register
 from prefpipe.generators import Generator, Request, Sampled, Skipped, sampled_completion
+from prefpipe.kept import keep_last
 from prefpipe.progress import progress
 from prefpipe.records import Completion, Prompt
 from prefpipe.settings import HardwareConfig, ModelConfig
@@ -51,7 +52,7 @@ class HF(Generator):
         seed: int,
         round_: int,
     ) -> Iterator[Completion | Skipped]:
-        engine = _engine(_Key(model, folder, hardware))
+        engine = _engine(model, folder, hardware)
         requests, skipped = self.requests(prompts, engine.template, engine.room, seed=seed, round_=round_)
         seeds = {request.place: request.seeds for request in requests}
         answers = engine.sample(requests, self)
@@ -244,20 +245,9 @@ class _Text:
         return logits
 
 
-class _Key(NamedTuple):
-    """What a loaded engine is kept by; the settings are plain data, compared by their text."""
-
-    model: ModelConfig
-    folder: Path
-    hardware: HardwareConfig
-
-    def __hash__(self) -> int:
-        return hash(repr(tuple(self)))
-
-
-@lru_cache(maxsize=1)
-def _engine(key: _Key) -> Engine:
-    return Engine(key.model, key.folder, key.hardware)
+@keep_last(1)
+def _engine(model: ModelConfig, folder: Path, hardware: HardwareConfig) -> Engine:
+    return Engine(model, folder, hardware)
 
 
 def _draw(logits: Tensor, uniform: Tensor, generator: Generator, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +11,8 @@ from prefpipe.api import ApiConfig
 from prefpipe.api.replies import Choice, Failure
 from prefpipe.components import register
 from prefpipe.errors import ConfigError
-from prefpipe.generators import Generator, Skipped, request_seed
-from prefpipe.records import Completion, Prompt, completion_id
+from prefpipe.generators import Generator, Skipped, request_seed, written
+from prefpipe.records import Completion, Prompt
 from prefpipe.settings import HardwareConfig, ModelConfig
 
 
@@ -86,10 +86,14 @@ class OpenAI(Generator):
                     reason = _no_completion(choice)
                     if reason:
                         lacking.append(reason)
-                    else:
-                        yield _completion(
-                            prompt, choice, sample, request, round_, outcome.model or self.api.model or ""
-                        )
+                        continue
+                    yield replace(
+                        written(prompt, choice.text, sample=sample, round_=round_),
+                        token_ids=choice.token_ids,
+                        finish_reason=choice.finish_reason,
+                        seed=request,
+                        model=outcome.model or self.api.model or "",
+                    )
             if lacking:
                 yield Skipped(prompt.prompt_id, lacking[0])
 
@@ -99,21 +103,3 @@ def _no_completion(choice: Choice) -> str:
     if choice.finish_reason not in ("stop", "length"):
         return choice.finish_reason
     return "" if choice.text.strip() else "empty_text"
-
-
-def _completion(prompt: Prompt, choice: Choice, sample: int, seed: int, round_: int, model: str) -> Completion:
-    return Completion(
-        prompt_id=prompt.prompt_id,
-        completion_id=completion_id(prompt.prompt_id, choice.text, sample, round_),
-        messages=prompt.messages,
-        source=prompt.source,
-        split=prompt.split,
-        answer=prompt.answer,
-        meta=prompt.meta,
-        text=choice.text,
-        token_ids=choice.token_ids,
-        finish_reason=choice.finish_reason,
-        seed=seed,
-        round=round_,
-        model=model,
-    )

@@ -11,8 +11,8 @@ import orjson
 
 from prefpipe.components import register
 from prefpipe.errors import ConfigError, DataError
-from prefpipe.generators import Generator, Skipped
-from prefpipe.records import Completion, Prompt, completion_id, prompt_id
+from prefpipe.generators import Generator, Skipped, written
+from prefpipe.records import Completion, Prompt, prompt_id
 from prefpipe.settings import HardwareConfig, ModelConfig
 
 
@@ -48,17 +48,7 @@ class Replay(Generator):
                 if not texts:
                     yield Skipped(prompt.prompt_id, "no_completion")
                 for sample, text in enumerate(texts):
-                    yield Completion(
-                        prompt_id=prompt.prompt_id,
-                        completion_id=completion_id(prompt.prompt_id, text, sample, round_),
-                        messages=prompt.messages,
-                        source=prompt.source,
-                        split=prompt.split,
-                        answer=prompt.answer,
-                        meta=prompt.meta,
-                        text=text,
-                        round=round_,
-                    )
+                    yield written(prompt, text, sample=sample, round_=round_)
 
     def _texts(self, file: BinaryIO, offsets: list[int]) -> list[str]:
         texts: list[str] = []

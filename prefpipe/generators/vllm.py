@@ -141,10 +141,19 @@ class VLLM(Generator):
         settings = self._settings(folder, hardware)
         if not _running or not _running[0].fits(settings, model):
             self.close()
-            template, digest = models.load_template(model, folder), models.weights_digest(folder)
-            if template.decoder_start is not None:
-                raise ConfigError(f"model={model.name}: vLLM samples from no encoder-decoder models; use generator=hf")
-            _running.append(Running(Engines(settings), model, template, digest))
+            engines = Engines(settings)
+            try:
+                # While the engines load: together they take as long as one of them.
+                template, digest = models.load_template(model, folder), models.weights_digest(folder)
+                if template.decoder_start is not None:
+                    raise ConfigError(
+                        f"model={model.name}: vLLM samples from no encoder-decoder models; use generator=hf"
+                    )
+                engines.wait()
+            except BaseException:
+                engines.close(now=True)
+                raise
+            _running.append(Running(engines, model, template, digest))
         return _running[0]
 
     def _settings(self, folder: Path, hardware: HardwareConfig) -> EngineSettings:

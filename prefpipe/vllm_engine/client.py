@@ -47,12 +47,14 @@ class EngineSettings:
 class Engines:
     """data_parallel_size engines, each a process tree of its own; a prompt's samples stay together.
 
-    max_model_len: tokens of a prompt and its completion that the model has places for.
-    Raises ChildError when an engine dies, here and in `sample`; the others are ended then, too.
+    They start while this process goes on; `wait` comes before the first `sample`.
+    max_model_len: tokens of a prompt and its completion that the model has places for; known after `wait`.
+    Raises ChildError when an engine dies, in `wait` and in `sample`; the others are ended then, too.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
+        self.max_model_len = 0
         self._answers: queue.Queue[tuple[Talker, bytes | None]] = queue.Queue()
         self._talkers: list[Talker] = []
         try:
@@ -65,13 +67,20 @@ class Engines:
                 )
                 self._talkers.append(talker)
                 talker.ask(_line(_for_worker(settings)))
+        except BaseException:
+            self.close(now=True)
+            raise
+
+    def wait(self) -> None:
+        """Until every engine has loaded the model. Raises ConfigError where vLLM is built for another device."""
+        try:
             ready = [self._next()["ready"] for _ in self._talkers]
-            _check_device(settings, ready[0]["device"])
+            _check_device(self.settings, ready[0]["device"])
         except BaseException:
             self.close(now=True)
             raise
         self.max_model_len = int(ready[0]["max_model_len"])
-        log.info("vLLM samples from %s on %s in %s", settings.model, ready[0]["device"], ready[0]["dtype"])
+        log.info("vLLM samples from %s on %s in %s", self.settings.model, ready[0]["device"], ready[0]["dtype"])
 
     @property
     def alive(self) -> bool:

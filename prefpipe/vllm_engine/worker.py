@@ -172,6 +172,9 @@ def sample(engine: LLMEngine, batch: dict[str, Any], answers: BinaryIO, *, each_
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
+    # So that an answer does not depend on the batches before. Not after the last answer, as whoever has that may end
+    # this process, and while it is at work it is killed, with what vLLM leaves in /dev/shm and /tmp.
+    engine.reset_prefix_cache()
     for (place, ids, seeds), limit in zip(batch["requests"], batch["limits"], strict=True):
         for number, seed in enumerate(seeds):
             params = SamplingParams(
@@ -189,8 +192,6 @@ def sample(engine: LLMEngine, batch: dict[str, Any], answers: BinaryIO, *, each_
         for output in engine.step():
             if output.finished:
                 tell(answers, output, each_token=each_token)
-    # So that an answer does not depend on the batches before.
-    engine.reset_prefix_cache()
 
 
 def tell(answers: BinaryIO, output: RequestOutput, *, each_token: bool) -> None:
