@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from prefpipe import models
 from prefpipe.errors import ConfigError
+from prefpipe.kept import keep_last
 from prefpipe.progress import progress
 from prefpipe.scorers import Missing
 from prefpipe.scoring_models import within
@@ -122,19 +122,7 @@ class PairRankerModel:
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1]
 
 
-class _Key(NamedTuple):
-    folder: Path
-    hardware: HardwareConfig
-
-    def __hash__(self) -> int:
-        return hash(repr(tuple(self)))
-
-
+@keep_last(1)
 def pair_ranker(folder: Path, hardware: HardwareConfig) -> PairRankerModel:
     """The model of a folder, loaded once."""
-    return _pair_ranker(_Key(folder, hardware))
-
-
-@lru_cache(maxsize=1)
-def _pair_ranker(key: _Key) -> PairRankerModel:
-    return PairRankerModel(key.folder, key.hardware)
+    return PairRankerModel(folder, hardware)

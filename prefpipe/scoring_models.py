@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from prefpipe import models
+from prefpipe.kept import keep_last
 from prefpipe.progress import progress
 from prefpipe.prompts import Encoded, TemplateError
 from prefpipe.records import Completion
@@ -21,6 +21,7 @@ from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Batch, Example, collate
 from prefpipe.training.engine import Engine
 from prefpipe.training.prefixes import Row, shared_batches
+from prefpipe.training.rewards import own_rewards
 
 log = logging.getLogger(__name__)
 
@@ -177,14 +178,8 @@ class RewardModel:
         return values
 
     def _own(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The model's own forward pass on rows of one length; no id is padding, so the last token is the last."""
-        config = self.model.config.get_text_config()
-        padding, config.pad_token_id = config.pad_token_id, -1
-        try:
-            logits = self.model(input_ids=torch.tensor([list(row) for row in rows], device=self.device)).logits
-        finally:
-            config.pad_token_id = padding
-        return [float(value) for value in logits[:, 0].float().tolist()]
+        """The model's own forward pass on rows of one length."""
+        return [float(value) for value in own_rewards(self.model, rows, self.device)]
 
     def _chosen(self, rows: Sequence[Sequence[int]]) -> Engine:
         shortest = sorted(rows, key=len)[:2]
@@ -272,33 +267,13 @@ def _trusted(
     return own
 
 
-class _Key(NamedTuple):
-    """What a loaded model is kept by; the settings are plain data, compared by their text."""
-
-    model: ModelConfig
-    folder: Path
-    hardware: HardwareConfig
-    key: str = ""
-
-    def __hash__(self) -> int:
-        return hash(repr(tuple(self)))
-
-
+@keep_last(2)
 def language_model(model: ModelConfig, folder: Path, hardware: HardwareConfig) -> LanguageModel:
     """The model of a folder, loaded once; two are kept, for a policy and its reference."""
-    return _language_model(_Key(model, folder, hardware))
+    return LanguageModel(model, folder, hardware)
 
 
+@keep_last(1)
 def reward_model(model: ModelConfig, folder: Path, hardware: HardwareConfig, *, key: str) -> RewardModel:
     """The reward model of a folder, loaded once; key: of the config that names it, for error messages."""
-    return _reward_model(_Key(model, folder, hardware, key))
-
-
-@lru_cache(maxsize=2)
-def _language_model(key: _Key) -> LanguageModel:
-    return LanguageModel(key.model, key.folder, key.hardware)
-
-
-@lru_cache(maxsize=1)
-def _reward_model(key: _Key) -> RewardModel:
-    return RewardModel(key.model, key.folder, key.hardware, key=key.key)
+    return RewardModel(model, folder, hardware, key=key)

@@ -42,8 +42,8 @@ class Question(NamedTuple):
 class Limits(NamedTuple):
     """Of one comparison: seconds of CPU time; gigabytes of the process, math-verify itself included."""
 
-    seconds: float
-    max_memory_gb: float
+    seconds: float = 10.0
+    max_memory_gb: float = 1.0
 
 
 def final_box(text: str) -> str | None:

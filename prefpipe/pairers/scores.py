@@ -11,9 +11,26 @@ from prefpipe.pairers.base import Pairer, check_at_least, distinct
 from prefpipe.records import Pair, ScoredCompletion
 
 
+@dataclass
+class ByScore(Pairer):
+    """Base of the pairers that look at nothing but scores."""
+
+    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
+        texts = distinct(group)
+        if len(texts) < 2:
+            return "single_completion"
+        return self.choose(texts, [self.value(completion) for completion in texts], rng)
+
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
+        """As `pair`, of two or more different texts and their scores."""
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing")
+
+
 @register("pairer")
 @dataclass
-class BestWorst(Pairer):
+class BestWorst(ByScore):
     """The highest score against the lowest; on equal scores the completion written first counts.
 
     With pairer.score naming a ranker's score it takes the best and the worst of its ranking, as LION does online.
@@ -29,11 +46,9 @@ class BestWorst(Pairer):
     def __post_init__(self) -> None:
         check_at_least("min_margin", self.min_margin, 0)
 
-    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
-        texts = distinct(group)
-        if len(texts) < 2:
-            return "single_completion"
-        values = [self.value(completion) for completion in texts]
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
         high, low = max(values), min(values)
         if high == low:
             return "tie"
@@ -44,7 +59,7 @@ class BestWorst(Pairer):
 
 @register("pairer")
 @dataclass
-class MaxMin(Pairer):
+class MaxMin(ByScore):
     """The highest against the lowest score after a penalty for length, as RLHFlow's online DPO does (`max_min_p`).
 
     Pairs carry the penalized scores, by which chosen is above rejected.
@@ -60,11 +75,10 @@ class MaxMin(Pairer):
     def __post_init__(self) -> None:
         check_at_least("length_penalty", self.length_penalty, 0)
 
-    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
-        texts = distinct(group)
-        if len(texts) < 2:
-            return "single_completion"
-        values = [self.value(completion) - self.length_penalty * len(completion.text) for completion in texts]
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
+        values = [value - self.length_penalty * len(text.text) for value, text in zip(values, texts, strict=True)]
         high, low = max(values), min(values)
         if high == low:
             return "tie"
@@ -74,7 +88,7 @@ class MaxMin(Pairer):
 
 @register("pairer")
 @dataclass
-class MarginThreshold(Pairer):
+class MarginThreshold(ByScore):
     """Every two completions whose scores are at least min_margin apart, widest margin first, at most max_pairs."""
 
     draws: ClassVar[bool] = False
@@ -88,11 +102,9 @@ class MarginThreshold(Pairer):
             raise ConfigError(f"pairer.min_margin={self.min_margin} must be above 0; a tie is no preference")
         check_at_least("max_pairs", self.max_pairs, 1)
 
-    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
-        texts = distinct(group)
-        if len(texts) < 2:
-            return "single_completion"
-        values = [self.value(completion) for completion in texts]
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
         margins = [
             (better - worse, i, j)
             for i, better in enumerate(values)
@@ -107,7 +119,7 @@ class MarginThreshold(Pairer):
 
 @register("pairer")
 @dataclass
-class AllPairs(Pairer):
+class AllPairs(ByScore):
     """Every two completions of different scores, at most max_pairs, drawn at random where there are more."""
 
     name: str = "all_pairs"
@@ -116,11 +128,9 @@ class AllPairs(Pairer):
     def __post_init__(self) -> None:
         check_at_least("max_pairs", self.max_pairs, 1)
 
-    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
-        texts = distinct(group)
-        if len(texts) < 2:
-            return "single_completion"
-        values = [self.value(completion) for completion in texts]
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
         places = range(len(texts))
         ordered = [(i, j) for i in places for j in places if values[i] > values[j]]
         if not ordered:
@@ -131,16 +141,16 @@ class AllPairs(Pairer):
 
 @register("pairer")
 @dataclass
-class RandomPair(Pairer):
+class RandomPair(ByScore):
     """Two completions drawn at random, the higher score chosen: the baseline that a cleverer pairer must beat."""
 
     name: str = "random_pair"
 
-    def pair(self, group: Sequence[ScoredCompletion], rng: random.Random) -> list[Pair] | str:
-        texts = distinct(group)
-        if len(texts) < 2:
-            return "single_completion"
-        first, second = rng.sample(texts, 2)
-        if self.value(first) == self.value(second):
+    def choose(
+        self, texts: Sequence[ScoredCompletion], values: Sequence[float], rng: random.Random
+    ) -> list[Pair] | str:
+        first, second = rng.sample(range(len(texts)), 2)
+        if values[first] == values[second]:
             return "tie"
-        return [self.make(first, second) if self.value(first) > self.value(second) else self.make(second, first)]
+        better, worse = (first, second) if values[first] > values[second] else (second, first)
+        return [self.make(texts[better], texts[worse])]

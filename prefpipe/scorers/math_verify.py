@@ -1,21 +1,23 @@
 """1 for a final answer that is equal to the reference as mathematics, 0 for another one."""
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 from prefpipe.components import register, runtime
-from prefpipe.equivalence.client import RULES, Comparer, Limits, Question, final_box, reference_answer
+from prefpipe.equivalence.answers import (
+    DIFFERENT,
+    EQUAL,
+    WITHOUT_ANSWER,
+    MathVerified,
+    math_verify_packages,
+)
+from prefpipe.equivalence.client import RULES, Limits
 from prefpipe.errors import ConfigError
 from prefpipe.records import Completion
 from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 from prefpipe.settings import check_choice
-
-PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
 
 
 @register("scorer")
@@ -56,36 +58,15 @@ class MathVerify(Scorer):
             raise ConfigError(f"scorer.num_processes={self.num_processes} must be at least 1, or null for all cores")
 
     def identity(self, context: ScoringContext) -> dict[str, Any]:
-        try:
-            return {"packages": {package: version(package) for package in PACKAGES}}
-        except PackageNotFoundError as error:
-            raise ConfigError(
-                f"scorer={self.name} needs the package {error.name}; pip install 'prefpipe[eval]'"
-            ) from None
+        return {"packages": math_verify_packages(f"scorer={self.name}")}
 
     def score(self, completions: Sequence[Completion], context: ScoringContext) -> list[Score | Missing]:
-        asked = [self._question(completion) for completion in completions]
-        # Samples of one prompt often end in the same answer.
-        questions = list(dict.fromkeys(question for question in asked if question is not None))
         limits = Limits(self.timeout_seconds, self.max_memory_gb)
-        with Comparer(limits, num_processes=self.num_processes or _num_cores()) as comparer:
-            verdicts = dict(zip(questions, comparer.compare(questions), strict=True))
-        found = ["no_answer" if question is None else verdicts[question] for question in asked]
-        context.counts["without_answer"] += found.count("without_answer")
-        return [_score(verdict) for verdict in found]
-
-    def _question(self, completion: Completion) -> Question | None:
-        """None where there is no reference."""
-        reference = reference_answer(completion.answer or "")
-        answer = final_box(completion.text) if self.rule == "boxed" else completion.text
-        return None if reference is None else Question(self.rule, reference, answer or "")
+        verdicts = MathVerified(self.rule, limits, self.num_processes).verdicts(completions)
+        context.counts["without_answer"] += verdicts.count(WITHOUT_ANSWER)
+        return [_score(verdict) for verdict in verdicts]
 
 
 def _score(verdict: str) -> float | Missing:
-    known = {"equal": 1.0, "different": 0.0, "without_answer": 0.0}
+    known = {EQUAL: 1.0, DIFFERENT: 0.0, WITHOUT_ANSWER: 0.0}
     return known[verdict] if verdict in known else Missing(verdict)
-
-
-def _num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

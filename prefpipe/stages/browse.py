@@ -4,7 +4,6 @@ import hashlib
 import heapq
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,10 +66,9 @@ def _write(file: BinaryIO, title: str, path: Path, settings: BrowseConfig, seed:
         rows: Iterator[Any] = enumerate(artifacts.read(path, record, key="browse"))
         chosen = ((number, row) for number, row in rows if kept is None or row.prompt_id in kept)
         return write_page(file, source, items(chosen, cut), cut, settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        groups = grouped([path], Completion, Path(scratch), key="browse")
-        shown = (group for group in groups if kept is None or group[0].prompt_id in kept)
-        return write_page(file, source, group_items(shown, cut), cut, settings)
+    groups = grouped([path], Completion, key="browse")
+    shown = (group for group in groups if kept is None or group[0].prompt_id in kept)
+    return write_page(file, source, group_items(shown, cut), cut, settings)
 
 
 def _sample(path: Path, manifest: Mapping[str, Any], max_rows: int, seed: int, notes: list[str]) -> set[str] | None:

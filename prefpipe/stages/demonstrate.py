@@ -1,7 +1,6 @@
 """scored completions → demonstrations: what stage=pair does with a pairer that makes no pairs."""
 
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +27,10 @@ def demonstrate(scored: Sequence[Path], out: Path, *, pairer: Demonstrator, seed
             return
         cap = None
         if pairer.cap_percentile is not None:
-            found = (made for made in _made(scored, pairer, seed, draft.scratch) if not isinstance(made, str))
+            found = (made for made in _made(scored, pairer, seed) if not isinstance(made, str))
             cap = cap_of(Counter(len(made) for made in found), pairer.cap_percentile)
         num_made = num_kept = num_prompts = 0
-        for index, part in enumerate(_parts(_made(scored, pairer, seed, draft.scratch), cap)):
+        for index, part in enumerate(_parts(_made(scored, pairer, seed), cap)):
             draft.commit(index, part.records, rows_in=part.num_prompts, rows_out=part.num_used, filtered=part.left_out)
             num_made, num_kept = num_made + part.num_made, num_kept + len(part.records)
             num_prompts += part.num_used
@@ -84,18 +83,15 @@ def _parts(made_of_prompts: Iterator[list[Demonstration] | str], cap: int | None
         yield part
 
 
-def _made(
-    scored: Sequence[Path], pairer: Demonstrator, seed: int, scratch: Path
-) -> Iterator[list[Demonstration] | str]:
+def _made(scored: Sequence[Path], pairer: Demonstrator, seed: int) -> Iterator[list[Demonstration] | str]:
     """What the pairer makes of each prompt."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        for group in grouped(scored, ScoredCompletion, Path(folder), key="inputs.scored"):
-            if any(completion.split == Split.heldout for completion in group):
-                yield "heldout"
-                continue
-            # From the prompt's id, so that a prompt's demonstrations do not depend on which other prompts there are.
-            made = pairer.demonstrations(group, random.Random(f"{seed}/{group[0].prompt_id}"))
-            rate = None if isinstance(made, str) else pairer.pass_rate(group)
-            if rate is not None and not isinstance(made, str):
-                made = [replace(record, meta={**record.meta, "pass_rate": rate}) for record in made]
-            yield made
+    for group in grouped(scored, ScoredCompletion, key="inputs.scored"):
+        if any(completion.split == Split.heldout for completion in group):
+            yield "heldout"
+            continue
+        # From the prompt's id, so that a prompt's demonstrations do not depend on which other prompts there are.
+        made = pairer.demonstrations(group, random.Random(f"{seed}/{group[0].prompt_id}"))
+        rate = None if isinstance(made, str) else pairer.pass_rate(group)
+        if rate is not None and not isinstance(made, str):
+            made = [replace(record, meta={**record.meta, "pass_rate": rate}) for record in made]
+        yield made

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from prefpipe.errors import ConfigError, DataError
 from prefpipe.generators import Generator, Skipped
 from prefpipe.records import Completion, EvalResult, Pair, Prompt, ScoredCompletion, Split
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
-from prefpipe.stages.score import with_score
-from prefpipe.tasks import Task, correct
+from prefpipe.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +123,9 @@ def evaluate(
         "lengths": {"max_tokens": training.max_tokens, "max_prompt_tokens": training.max_prompt_tokens},
         "seed": seed,
     }
+    identities = {name: task.identity() for name, task in tasks.items()}
+    if any(identities.values()):
+        uses["identity"] = identities
     parents = {"prompts": list(prompts), "pairs": list(pairs)}
     samples_out = out.with_name("eval_samples")
     plan = Plan("evaluate", EvalResult.schema, uses=uses, parents=parents)
@@ -141,7 +143,7 @@ def evaluate(
         ]
         policy = PolicyUnderTest(model, folder, generator, training, hardware, seed)
         results: list[EvalResult] = []
-        samples: list[Completion] = []
+        samples: list[ScoredCompletion] = []
         for task in tasks.values():
             found, written = task.evaluate(policy, heldout[: task.max_prompts], heldout_pairs[: task.max_prompts])
             results += found
@@ -150,12 +152,5 @@ def evaluate(
                 log.info("%s %.4f [%.4f, %.4f] n=%d", result.metric, result.value, result.low, result.high, result.n)
         of_samples = Plan("evaluate", ScoredCompletion.schema, uses=uses, parents=parents)
         with artifacts.draft(samples_out, of_samples, overwrite=True) as draft_samples:
-            draft_samples.commit_stream(_verdicts(samples, tasks))
+            draft_samples.commit_stream(samples)
         draft.commit_stream(results)
-
-
-def _verdicts(samples: Iterable[Completion], tasks: dict[str, Task]) -> Iterator[ScoredCompletion]:
-    """The samples with what their own task made of them."""
-    rules = {task.name: getattr(task, "rule", "last_hash") for task in tasks.values()}
-    for sample in samples:
-        yield with_score(sample, "correct", float(correct(sample, rules[sample.meta["task"]]) is True))

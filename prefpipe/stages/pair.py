@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import artifacts
-from prefpipe.artifacts import Plan
+from prefpipe.artifacts import Account, Plan
 from prefpipe.grouping import grouped
 from prefpipe.pairers import Pairer, distinct
 from prefpipe.records import Pair, ScoredCompletion, Split
@@ -34,22 +33,21 @@ PROMPTS_PER_PART = 20_000
 def pair(scored: Sequence[Path], out: Path, *, pairer: Pairer, seed: int, overwrite: bool = False) -> None:
     """Choose preference pairs among the scored completions of each prompt; counts say where the other prompts went.
 
-    Memory is that of one prompt, and 16 bytes for each prompt and pair, as long as the completions of a prompt stand
-    together; see prefpipe/grouping.py for those that do not.
+    Memory is that of one prompt, and some 24 bytes for each prompt and pair, as long as the completions of a prompt
+    stand together; see prefpipe/grouping.py for those that do not.
     """
     plan = Plan("pair", Pair.schema, uses={"pairer": pairer, "seed": seed}, parents={"scored": scored})
     with artifacts.draft(out, plan, overwrite=overwrite) as draft:
         if draft.is_current:
             return
         statistics = PairStatistics()
-        with tempfile.TemporaryDirectory(dir=draft.scratch) as scratch:
-            groups = grouped(scored, ScoredCompletion, Path(scratch), key="inputs.scored")
-            index = 0
-            while (first := next(groups, None)) is not None:
-                part = Part()
-                chunk = itertools.chain([first], itertools.islice(groups, PROMPTS_PER_PART - 1))
-                draft.commit_counted(index, _pairs(chunk, pairer, seed, part, statistics), part.account)
-                index += 1
+        groups = grouped(scored, ScoredCompletion, key="inputs.scored")
+        index = 0
+        while (first := next(groups, None)) is not None:
+            part = Part()
+            chunk = itertools.chain([first], itertools.islice(groups, PROMPTS_PER_PART - 1))
+            draft.commit_counted(index, _pairs(chunk, pairer, seed, part, statistics), part.account)
+            index += 1
         draft.extra["unit"] = "prompts"
         draft.extra["pair_stats"] = statistics.as_data()
 
@@ -62,9 +60,9 @@ class Part:
     num_used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def account(self) -> dict[str, Any]:
+    def account(self) -> Account:
         """For Draft.commit_counted."""
-        return {"rows_in": self.num_prompts, "rows_out": self.num_used, "filtered": self.left_out}
+        return Account(self.num_prompts, self.num_used, self.left_out)
 
 
 def _pairs(
@@ -72,28 +70,23 @@ def _pairs(
 ) -> Iterator[Pair]:
     """The pairs of some prompts, one prompt's in memory at a time; counted in `part` and `statistics`."""
     for group in groups:
-        made = _pairs_of(group, pairer, seed)
         part.num_prompts += 1
-        if made != "heldout":
-            statistics.add_group(group, pairer)
+        if any(completion.split == Split.heldout for completion in group):
+            part.left_out["heldout"] += 1
+            continue
+        rate = pairer.pass_rate(group)
+        statistics.add_group(group, pairer.score, rate)
+        # From the prompt's id, so that a prompt's pairs do not depend on which other prompts there are.
+        rng = random.Random(f"{seed}/{group[0].prompt_id}") if pairer.draws else NO_RANDOM
+        made = pairer.pair(group, rng)
         if isinstance(made, str):
             part.left_out[made] += 1
             continue
+        if rate is not None:
+            made = [replace(record, meta={**record.meta, "pass_rate": rate}) for record in made]
         part.num_used += 1
         statistics.add(made)
         yield from made
-
-
-def _pairs_of(group: list[ScoredCompletion], pairer: Pairer, seed: int) -> list[Pair] | str:
-    if any(completion.split == Split.heldout for completion in group):
-        return "heldout"
-    # From the prompt's id, so that a prompt's pairs do not depend on which other prompts there are.
-    rng = random.Random(f"{seed}/{group[0].prompt_id}") if pairer.draws else NO_RANDOM
-    made = pairer.pair(group, rng)
-    if isinstance(made, str):
-        return made
-    rate = pairer.pass_rate(group)
-    return made if rate is None else [replace(record, meta={**record.meta, "pass_rate": rate}) for record in made]
 
 
 @dataclass
@@ -114,24 +107,25 @@ class PairStatistics:
     margins: list[float] = field(default_factory=lambda: [0.0, float("inf"), float("-inf")])
     pass_rates: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def add_group(self, group: Sequence[ScoredCompletion], pairer: Pairer) -> None:
-        """Count one prompt's completions in: how many there are, blank, repeated, and tied with one before."""
+    def add_group(self, group: Sequence[ScoredCompletion], key: str | None, pass_rate: float | None) -> None:
+        """Count one prompt's completions in: how many there are, blank, repeated, and tied with one before.
+
+        key: of the score that decides; None where they have no other.
+        """
         texts = distinct(group)
         self.num_completions += len(group)
         if len(texts) < len(group):
             blank = sum(not completion.text.strip() for completion in group)
             self.completions["blank"] += blank
             self.completions["duplicate"] += len(group) - blank - len(texts)
-        key = pairer.score
         scores = [
             c.scores[key] if key is not None else next(iter(c.scores.values()))
             for c in texts
             if (key in c.scores if key is not None else len(c.scores) == 1)
         ]
         self.completions["tied"] += len(scores) - len(set(scores))
-        rate = pairer.pass_rate(group)
-        if rate is not None:
-            self.pass_rates = [self.pass_rates[0] + rate, self.pass_rates[1] + 1]
+        if pass_rate is not None:
+            self.pass_rates = [self.pass_rates[0] + pass_rate, self.pass_rates[1] + 1]
 
     def add(self, pairs: Sequence[Pair]) -> None:
         """Count some pairs in."""

@@ -1,10 +1,9 @@
 """completions → scored completions. Scoring twice adds a score."""
 
 import itertools
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from prefpipe import artifacts
@@ -13,7 +12,7 @@ from prefpipe.errors import DataError
 from prefpipe.files import chunks
 from prefpipe.grouping import completions as read_completions
 from prefpipe.grouping import grouped
-from prefpipe.records import Completion, ScoredCompletion
+from prefpipe.records import Completion, ScoredCompletion, with_scores
 from prefpipe.scorers import Missing, Score, Scorer, ScoringContext
 
 
@@ -34,34 +33,33 @@ def score(
         work = draft.scratch / "scorer"
         work.mkdir(exist_ok=True)
         context = replace(context, work=work)
-        with tempfile.TemporaryDirectory(dir=draft.scratch) as scratch:
-            for index, chunk in enumerate(_parts(completions, scorer, Path(scratch))):
-                if draft.has(index):
-                    continue
-                scored, left_out, kept = [], Counter[str](), Counter[str]()
-                context = replace(context, counts=Counter())
-                for completion, value in zip(chunk, scorer.score(chunk, context), strict=True):
-                    if not isinstance(value, Missing):
-                        scored.append(with_score(completion, scorer.name, value))
-                    elif scorer.on_missing == "refuse":
-                        raise DataError(
-                            f"completion {completion.completion_id} has no score of scorer={scorer.name} "
-                            f"({value.reason}); use scorer.on_missing=leave_out or keep"
-                        )
-                    elif scorer.on_missing == "keep":
-                        scored.append(with_score(completion, scorer.name, {}))
-                        kept[value.reason] += 1
-                    else:
-                        left_out[value.reason] += 1
-                draft.commit(
-                    index,
-                    scored,
-                    rows_in=len(chunk),
-                    rows_out=len(scored),
-                    filtered=left_out,
-                    kept=kept,
-                    measured=context.counts,
-                )
+        for index, chunk in enumerate(_parts(completions, scorer)):
+            if draft.has(index):
+                continue
+            scored, left_out, kept = [], Counter[str](), Counter[str]()
+            context = replace(context, counts=Counter())
+            for completion, value in zip(chunk, scorer.score(chunk, context), strict=True):
+                if not isinstance(value, Missing):
+                    scored.append(with_score(completion, scorer.name, value))
+                elif scorer.on_missing == "refuse":
+                    raise DataError(
+                        f"completion {completion.completion_id} has no score of scorer={scorer.name} "
+                        f"({value.reason}); use scorer.on_missing=leave_out or keep"
+                    )
+                elif scorer.on_missing == "keep":
+                    scored.append(with_score(completion, scorer.name, {}))
+                    kept[value.reason] += 1
+                else:
+                    left_out[value.reason] += 1
+            draft.commit(
+                index,
+                scored,
+                rows_in=len(chunk),
+                rows_out=len(scored),
+                filtered=left_out,
+                kept=kept,
+                measured=context.counts,
+            )
         if draft.measured:
             draft.extra["report"] = scorer.report(draft.measured)
 
@@ -72,14 +70,12 @@ def with_score(completion: Completion, name: str, value: Score) -> ScoredComplet
         new = {name: float(value)}
     else:
         new = {f"{name}.{key}": number for key, number in value.items()}
-    known = completion.scores if isinstance(completion, ScoredCompletion) else {}
-    values = {field.name: getattr(completion, field.name) for field in fields(Completion)}
-    return ScoredCompletion(**values, scores={**known, **new})
+    return with_scores(completion, new)
 
 
-def _parts(paths: Sequence[Path], scorer: Scorer, scratch: Path) -> Iterator[list[Completion]]:
+def _parts(paths: Sequence[Path], scorer: Scorer) -> Iterator[list[Completion]]:
     if scorer.whole_prompts:
-        groups = grouped(paths, Completion, scratch, key="inputs.completions")
+        groups = grouped(paths, Completion, key="inputs.completions")
         for part in chunks(groups, scorer.rows_per_part):
             yield list(itertools.chain.from_iterable(part))
         return

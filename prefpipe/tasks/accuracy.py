@@ -2,43 +2,32 @@
 
 from dataclasses import dataclass
 
-from prefpipe.answers import check_rule
 from prefpipe.components import register
-from prefpipe.records import Completion, EvalResult, Pair, Prompt
-from prefpipe.statistics import wilson
-from prefpipe.tasks import Policy, Task, correct, with_answer
+from prefpipe.equivalence.answers import DECIDED, EQUAL, WITHOUT_ANSWER
+from prefpipe.records import EvalResult, Pair, Prompt, ScoredCompletion
+from prefpipe.tasks import AnswerTask, Policy, judged
 
 
 @register("task")
 @dataclass
-class Accuracy(Task):
-    """Greedy accuracy with Wilson's 95 % interval, and how often no answer could be found.
-
-    rule: how the answer is found, see prefpipe/answers.py.
-    max_new_tokens: null takes the generator's.
-    """
+class Accuracy(AnswerTask):
+    """Greedy accuracy with Wilson's 95 % interval, and how often no answer could be found."""
 
     name: str = "accuracy"
-    rule: str = "last_hash"
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_rule("task.accuracy.rule", self.rule)
 
     def metrics(self) -> list[str]:
-        return ["accuracy", "no_answer"]
+        return self._with_not_compared("accuracy", "no_answer")
 
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
-    ) -> tuple[list[EvalResult], list[Completion]]:
-        problems = with_answer(self.name, prompts)
+    ) -> tuple[list[EvalResult], list[ScoredCompletion]]:
+        problems = self.problems(prompts)
         completions = policy.sample(problems, num_samples=1, temperature=0.0, max_new_tokens=self.max_new_tokens)
-        verdicts = [correct(completion, self.rule) for completion in completions]
-        n, right = len(verdicts), sum(verdict is True for verdict in verdicts)
-        missing = sum(verdict is None for verdict in verdicts)
+        verdicts = self.answers.verdicts(completions)
+        left_out = self.not_compared(verdicts)
+        decided = [verdict for verdict in verdicts if verdict in DECIDED]
         results = [
-            EvalResult(task=self.name, metric=metric, value=count / n, low=low, high=high, n=n)
-            for metric, count in zip(self.metrics(), (right, missing), strict=True)
-            for low, high in [wilson(count, n)]
+            self.of_problems("accuracy", decided.count(EQUAL), len(decided)),
+            self.of_problems("no_answer", decided.count(WITHOUT_ANSWER), len(decided)),
         ]
-        return results, completions
+        return [*results, *left_out], judged(completions, verdicts)

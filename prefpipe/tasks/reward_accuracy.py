@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefpipe.components import register
 from prefpipe.errors import DataError
-from prefpipe.records import Completion, EvalResult, Pair, Prompt
+from prefpipe.records import EvalResult, Pair, Prompt, ScoredCompletion
 from prefpipe.statistics import bootstrap_mean
 from prefpipe.tasks import Policy, Task
 
@@ -28,7 +28,7 @@ class RewardAccuracy(Task):
 
     def evaluate(
         self, policy: Policy, prompts: list[Prompt], pairs: list[Pair]
-    ) -> tuple[list[EvalResult], list[Completion]]:
+    ) -> tuple[list[EvalResult], list[ScoredCompletion]]:
         if not pairs:
             raise DataError(
                 "task=reward_accuracy needs held-out pairs, and there are none: raise data_mixer.heldout_fraction, or "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import completions
 import pytest
 from fault_server import FaultServer, Script
 
@@ -15,7 +16,7 @@ from prefpipe import artifacts
 from prefpipe.api import ApiConfig
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ConfigError
-from prefpipe.records import Completion, ScoredCompletion, completion_id, prompt_id
+from prefpipe.records import Completion, ScoredCompletion
 from prefpipe.scorers import Missing
 from prefpipe.scorers.judge import Judge
 from prefpipe.stages.score import score
@@ -24,17 +25,7 @@ Reader = Callable[[str], str]
 
 
 def completion(text: str, *, question: str = "Which?", answer: str | None = None, **meta: Any) -> Completion:
-    messages = [{"role": "user", "content": question}]
-    prompt = prompt_id(messages)
-    return Completion(
-        prompt_id=prompt,
-        completion_id=completion_id(prompt, text, 0, 0),
-        messages=messages,
-        source="test",
-        answer=answer,
-        meta=meta,
-        text=text,
-    )
+    return completions.completion(text, question, answer=answer, meta=meta)
 
 
 def judge(server: FaultServer, folder: Path, **other: Any) -> Judge:

@@ -10,7 +10,7 @@ from prefpipe import artifacts, grouping
 from prefpipe.artifacts import Plan
 from prefpipe.components import COMPONENTS
 from prefpipe.errors import ArtifactError, DataError
-from prefpipe.grouping import stand_together
+from prefpipe.grouping import Runs
 from prefpipe.pairers import BestWorst, CorrectIncorrect, Demonstrator
 from prefpipe.records import Completion, Pair, ScoredCompletion, Split, completion_id, prompt_id
 from prefpipe.stages import pair as stage
@@ -61,8 +61,8 @@ def test_rows_interleaved_over_two_artifacts_give_the_same_pairs(tmp_path, name)
         write(tmp_path / "first", [row(q, s, values[q, s]) for q, s in dealt if s < 2]),
         write(tmp_path / "second", [row(q, s, values[q, s]) for q, s in dealt if s >= 2]),
     ]
-    assert stand_together(together, ScoredCompletion, key="k")
-    assert not stand_together(spread, ScoredCompletion, key="k")
+    assert Runs.of(together, ScoredCompletion, key="k").together
+    assert not Runs.of(spread, ScoredCompletion, key="k").together
     pairer = COMPONENTS["pairer"][name]()
     pair(together, tmp_path / "a", pairer=pairer, seed=3)
     pair(spread, tmp_path / "b", pairer=pairer, seed=3)
@@ -120,11 +120,11 @@ def test_pairs_carry_the_pass_rate_of_their_prompt(tmp_path):
     assert artifacts.manifest(tmp_path / "pairs")["pair_stats"]["mean_pass_rate"] == pytest.approx(1 / 3, abs=1e-6)
 
 
-def test_many_parts_and_many_files_to_deal_into_give_the_same_pairs(tmp_path, monkeypatch):
+def test_many_parts_and_many_windows_give_the_same_pairs(tmp_path, monkeypatch):
     scored = [write(tmp_path / "scored", [row(q, s, float(s)) for s in range(2) for q in range(40)])]
     pair(scored, tmp_path / "a", pairer=BestWorst(), seed=0)
     monkeypatch.setattr(stage, "PROMPTS_PER_PART", 7)
-    monkeypatch.setattr(grouping, "BUCKET_BYTES", 4000)
+    monkeypatch.setattr(grouping, "WINDOW_BYTES", 4000)
     pair(scored, tmp_path / "b", pairer=BestWorst(), seed=0)
     assert len(artifacts.manifest(tmp_path / "b")["parts"]) == 6
     assert sorted(pairs_of(tmp_path / "b"), key=repr) == sorted(pairs_of(tmp_path / "a"), key=repr)

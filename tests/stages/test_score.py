@@ -5,12 +5,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import completions
 import pytest
 
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
 from prefpipe.errors import ArtifactError, ConfigError, DataError
-from prefpipe.records import Completion, Prompt, ScoredCompletion, completion_id, prompt_id
+from prefpipe.records import Completion, Prompt, ScoredCompletion, prompt_id
 from prefpipe.scorers import Missing, Score, ScoringContext
 from prefpipe.scorers.exact_answer import ExactAnswer
 from prefpipe.scorers.length import Length
@@ -20,21 +21,8 @@ ROWS_PER_PART = Length.rows_per_part
 
 
 def completion(text: str, *, question: str = "What is 2 + 2?", answer: str | None = "#### 4") -> Completion:
-    messages = [{"role": "user", "content": question}]
-    prompt = prompt_id(messages)
-    return Completion(
-        prompt_id=prompt,
-        completion_id=completion_id(prompt, text, 0, 0),
-        messages=messages,
-        source="test",
-        answer=answer,
-        meta={"level": 1},
-        text=text,
-        token_ids=[5, 6, 2],
-        logp=-1.25,
-        finish_reason="stop",
-        seed=7,
-    )
+    sampled = {"token_ids": [5, 6, 2], "logp": -1.25, "finish_reason": "stop", "seed": 7}
+    return completions.completion(text, question, answer=answer, meta={"level": 1}, **sampled)
 
 
 def write(out: Path, records: Sequence[Any]) -> Path:

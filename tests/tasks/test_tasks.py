@@ -2,17 +2,20 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
+from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from itertools import combinations
 from math import comb
 
 import pytest
 
 from prefpipe.components import COMPONENTS
+from prefpipe.equivalence import answers
+from prefpipe.equivalence.answers import WITHOUT_ANSWER, Exact
 from prefpipe.errors import ConfigError, DataError
 from prefpipe.records import Completion, Pair, Prompt, prompt_id
 from prefpipe.tasks.accuracy import Accuracy
-from prefpipe.tasks.maj_at_k import MajAtK, majority
+from prefpipe.tasks.maj_at_k import MajAtK
 from prefpipe.tasks.pair_accuracy import PairAccuracy
 from prefpipe.tasks.pass_at_k import PassAtK, pass_at_k
 from prefpipe.tasks.reward_accuracy import RewardAccuracy
@@ -60,6 +63,7 @@ def problems(*answers: str | None) -> list[Prompt]:
 def test_accuracy_counts_right_answers_and_missing_ones():
     policy = Scripted([["#### 1"], ["#### 9"], ["no idea"], ["#### 4.0"]])
     (accuracy, missing), samples = Accuracy().evaluate(policy, problems("#### 1", "2", "3", "4"), [])
+    assert [sample.scores for sample in samples] == [{"correct": value} for value in (1.0, 0.0, 0.0, 1.0)]
     assert (accuracy.metric, accuracy.value, accuracy.n) == ("accuracy", 0.5, 4)
     assert (missing.metric, missing.value) == ("no_answer", 0.25)
     assert accuracy.low < 0.5 < accuracy.high
@@ -95,12 +99,18 @@ def test_pass_at_k_over_problems():
     assert [(r.metric, r.value) for r in results] == [("pass@1", 0.25), ("pass@2", 0.5)]
 
 
-def test_majority_takes_numbers_and_the_first_of_equals():
-    one, two = Fraction(1), Fraction(2)
-    assert majority([one, two, two]) == two
-    assert majority([two, one, one, two]) == two
-    assert majority([None, None, one]) == one
-    assert majority([None, None]) is None
+@pytest.mark.parametrize(
+    ("texts", "winner"),
+    [
+        (["#### 1", "#### 2", "#### 2.0"], 1),
+        (["#### 2", "#### 1", "#### 1", "#### 2"], 0),
+        (["x", "x", "#### 1"], 2),
+        (["x", "x"], WITHOUT_ANSWER),
+    ],
+)
+def test_the_majority_is_of_numbers_and_the_first_of_equals(texts, winner):
+    completions = Scripted([texts]).sample(problems("1"), num_samples=len(texts), temperature=1.0)
+    assert Exact("last_hash").majorities([completions]) == [winner]
 
 
 def test_maj_at_k_votes_over_numbers_not_strings():
@@ -134,6 +144,19 @@ def test_pair_accuracy_by_sum_and_by_mean_and_half_for_equals():
         (PassAtK, {"temperature": 0.0}, r"task\.pass_at_k\.temperature="),
         (MajAtK, {"k": 0}, r"task\.maj_at_k\.k="),
         (Accuracy, {"rule": "x"}, r"task\.accuracy\.rule=x"),
+        (Accuracy, {"equivalence": "x"}, r"task\.accuracy\.equivalence=x must be one of exact, math_verify"),
+        (
+            Accuracy,
+            {"equivalence": "math_verify", "rule": "last_hash"},
+            r"task\.accuracy\.rule=last_hash must be one of",
+        ),
+        (Accuracy, {"timeout_seconds": 1.0}, r"task\.accuracy\.timeout_seconds=1\.0 would be ignored"),
+        (
+            PassAtK,
+            {"equivalence": "math_verify", "timeout_seconds": 0.0},
+            r"task\.pass_at_k\.timeout_seconds=0\.0 must be",
+        ),
+        (MajAtK, {"equivalence": "math_verify", "rule": "stated"}, r"task\.maj_at_k\.rule=stated finds an answer only"),
     ],
 )
 def test_knobs_are_checked(cls, knobs, key):
@@ -166,3 +189,66 @@ def test_every_task_names_the_metrics_that_it_reports():
         task = cls()
         results, _ = task.evaluate(policy, problems("#### 1"), [pair])
         assert [(result.task, result.metric) for result in results] == [(name, metric) for metric in task.metrics()]
+
+
+def test_without_math_verify_it_is_refused_by_key(monkeypatch):
+    """Before anything is sampled: stage=evaluate asks first."""
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(answers, "version", absent)
+    key = r"task\.maj_at_k\.equivalence=math_verify needs the package math-verify; pip install 'prefpipe\[eval\]'"
+    with pytest.raises(ConfigError, match=key):
+        MajAtK(equivalence="math_verify").identity()
+    assert MajAtK().identity() == {}
+
+
+HALVES = [r"\boxed{1/2}", r"\boxed{3}", r"\boxed{0.5}", r"\boxed{3}", r"\boxed{\frac{1}{2}}"]
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="the extra `eval` is not installed")
+
+
+@needs_math_verify
+def test_accuracy_by_mathematics_and_what_cannot_be_compared_is_neither_right_nor_wrong():
+    """Of five problems one comparison takes for ever; of the other four, two are right and one has no box."""
+    texts = [r"\boxed{\frac{1}{2}}", r"\boxed{x+1}", "#### 3", r"\boxed{5}", ENDLESS]
+    task = Accuracy(equivalence="math_verify", timeout_seconds=0.5)
+    results, samples = task.evaluate(Scripted([[t] for t in texts]), problems("0.5", "$1+x$", "3", "4", "5"), [])
+    assert [(r.metric, r.value, r.n) for r in results] == [
+        ("accuracy", 0.5, 4), ("no_answer", 0.25, 4), ("not_compared", 0.2, 5),
+    ]  # fmt: skip
+    assert results[-1].details == {"time_out": 1}
+    assert [sample.scores.get("correct") for sample in samples] == [1.0, 1.0, 0.0, 0.0, None]
+    assert samples[-1].meta == {"not_compared": "time_out"}
+    with pytest.raises(DataError, match=r"no answer to 1 problems can be compared: \{'time_out': 1\}"):
+        task.evaluate(Scripted([[ENDLESS]]), problems("5"), [])
+
+
+@needs_math_verify
+def test_votes_by_mathematics_add_up_over_spellings():
+    """1/2, 0.5 and \\frac{1}{2} outvote two 3s; strings would say 3, and last numbers 2."""
+    names = [r"\boxed{\text{Bob}}", "no box", r"\boxed{\text{Eve}}", r"\boxed{\text{Eve}}", "none"]
+    stuck = [r"\boxed{7}", ENDLESS, r"\boxed{7}", r"\boxed{7}", r"\boxed{7}"]
+    policy = Scripted([HALVES, HALVES, names, ["none"] * 5, stuck])
+    task = MajAtK(k=5, equivalence="math_verify", timeout_seconds=0.5)
+    results, samples = task.evaluate(policy, problems("0.5", "3", r"\text{Eve}", "1", "7"), [])
+    assert [(r.metric, r.value, r.n) for r in results] == [("maj@5", 0.5, 4), ("not_compared", 0.2, 5)]
+    assert results[1].details == {"time_out": 1}
+    assert [sample.scores["correct"] for sample in samples[:10]] == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert [(r.metric, r.value) for r in MajAtK(k=5, rule="last_number").evaluate(policy, problems("0.5"), [])[0]] == [
+        ("maj@5", 0.0)
+    ]
+
+
+@needs_math_verify
+def test_pass_at_k_by_mathematics_leaves_out_a_problem_with_a_sample_that_cannot_be_compared():
+    policy = Scripted([[r"\boxed{\sqrt{12}}", r"\boxed{0}"], [r"\boxed{4}", ENDLESS]])
+    task = PassAtK(k=[1, 2], num_samples=2, equivalence="math_verify", timeout_seconds=0.5)
+    results, _ = task.evaluate(policy, problems(r"2\sqrt{3}", "4"), [])
+    assert [(r.metric, r.value, r.n) for r in results] == [
+        ("pass@1", 0.5, 1),
+        ("pass@2", 1.0, 1),
+        ("not_compared", 0.5, 2),
+    ]
+    assert task.metrics() == [r.metric for r in results]

@@ -1,4 +1,4 @@
-"""Completions for the tests of scorers."""
+"""Completions for tests."""
 
 from typing import Any
 
