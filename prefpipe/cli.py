@@ -157,6 +157,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
         if flag not in WITHOUT_VALUE | WITH_VALUE:
             guesses = suggest.nearest(typed, {*SHORT, *WITHOUT_VALUE, *WITH_VALUE})
             raise ConfigError(f"no such flag: {typed}" + (f"; nearest: {', '.join(guesses)}" if guesses else ""))
+        if flag in WITHOUT_VALUE and has_value:
+            raise ConfigError(f"{word}: {typed} takes no value; write {typed}")
         if flag in WITH_VALUE and not has_value:
             optional = flag == "--info" and (not words or words[0] not in CHOICES[flag])
             value = "all" if optional else words.pop(0) if words else ""

@@ -1,4 +1,4 @@
-"""The shape of a run, and (with run.py) the only module that knows Hydra.
+"""The shape of a run, and the way from a Hydra config to plain dataclasses and back.
 
 `register_schemas` offers every dataclass to conf/, `to_run_config` turns a composed config into plain dataclasses and
 refuses what no dataclass declares, `load_run_config` reads a frozen config back without Hydra.

@@ -1,7 +1,7 @@
-"""What to do when memory runs out: recognise it, and name the next settings, each with what it would take.
+"""What to do when memory runs out: recognise it, and name the settings to try next, each with what it would take.
 
-Rungs that change no result come first, in the order in which they cost least; after them, marked, those that change the
-experiment. A rung that does not apply, or saves nothing, is left out. Nothing is changed by itself.
+Rungs that change no result come first, the cheapest first; after them, marked as such, those that change the
+experiment. A rung that does not apply, or saves nothing, is left out. No setting is changed automatically.
 """
 
 import logging
@@ -38,17 +38,17 @@ from prefpipe.torchrun import visible_gpus
 log = logging.getLogger(__name__)
 
 RECORD = "oom.json"
-"""In the work folder of training that ran out of memory; the next attempt removes it."""
+"""Written into the work folder of a training that ran out of memory; the next attempt removes it."""
 
 LONGEST = "longest_batch.json"
-"""There, too: the lengths of the largest micro-batch, for whoever explains the end of a process that was killed."""
+"""In the same folder: the lengths of the largest micro-batch, to explain a process that was killed."""
 
 SAVES = 0.001
-"""The share of the memory that a rung has to save to be named."""
+"""The share of memory that a rung must save to be listed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out: of a GPU, or of this machine."""
+    """Whether an error, or its cause, says that memory ran out, of a GPU or of this machine."""
     seen: BaseException | None = error
     while seen is not None and kind_of(seen) != OutOfMemoryError.kind:
         seen = seen.__cause__
@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to take less memory. override: for the command line. neutral: the results stay what they are."""
+    """One way to take less memory. override: for the command line. neutral: it changes no result."""
 
     override: str
     memory: Memory
@@ -68,9 +68,9 @@ class Rung:
 
 
 def rungs(setting: Setting, *, num_gpus: int = 0) -> list[Rung]:
-    """What saves memory from here, each by itself, best order first.
+    """What would save memory, each setting on its own, in the order to try.
 
-    num_gpus: that this machine has; with more than the run uses, sharding over them is a way.
+    num_gpus: of this machine; if there are more than the run uses, it can be sharded over them.
     """
     now = estimate(setting).total
     found = []
@@ -242,9 +242,9 @@ class Attempt:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """Within a training process: an error that says so becomes an OutOfMemoryError with the ladder.
+        """Inside a training process: an out-of-memory error becomes an OutOfMemoryError with the ladder.
 
-        What is known of it lies in RECORD then. Of several processes the first one tells; the others end by one line.
+        Its details are then in RECORD. Of several processes the first one to fail reports; the others end by one line.
         """
         if _rank() == 0:
             self._forget()
@@ -264,9 +264,9 @@ class Attempt:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around the process, or processes, that train: one that the kernel killed for memory said nothing itself.
+        """Around the processes that train, because one that the kernel kills for memory cannot report it.
 
-        Its end becomes an OutOfMemoryError, and the ladder is logged.
+        Its death becomes an OutOfMemoryError, and the ladder is logged.
         """
         self._forget()
         kills = oom_kills()
@@ -336,7 +336,7 @@ class Attempt:
 
 
 def _rank() -> int:
-    """Of this process among those of the run, as torchrun says."""
+    """The rank of this process, as torchrun sets it."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -363,7 +363,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _device_memory() -> str | None:
-    """What the GPU's allocator says, where torch has been imported and sees one."""
+    """The GPU allocator's summary, where torch has been imported and a GPU is in use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None

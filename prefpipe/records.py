@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, TypedDict, TypeVar
@@ -103,6 +103,13 @@ class ScoredCompletion(Completion):
         for name, value in self.scores.items():
             if not math.isfinite(value):
                 raise ValueError(f"score {name!r} of completion {self.completion_id} is {value}")
+
+
+def with_scores(completion: Completion, scores: Mapping[str, float]) -> ScoredCompletion:
+    """The completion with these scores, besides those that it has."""
+    known = completion.scores if isinstance(completion, ScoredCompletion) else {}
+    values = {part.name: getattr(completion, part.name) for part in fields(Completion)}
+    return ScoredCompletion(**values, scores={**known, **scores})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import Prefpipe, Result
 
 if TYPE_CHECKING:
     from prefpipe.scorers import ScoringContext
@@ -147,6 +148,26 @@ def cli(tmp_path: Path) -> RunCli:
         if check:
             assert done.returncode == 0, f"prefpipe {' '.join(args)}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def prefpipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prefpipe:
+    """Run a command in this process, in an empty folder; `cli` is slower, and has a process of its own."""
+    from prefpipe.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFPIPE_RUNS", str(tmp_path / "runs"))
+
+    def run(*args: str) -> Result:
+        capfd.readouterr()
+        code = 0
+        try:
+            main(args)
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        return Result(code, *capfd.readouterr())
 
     return run
 

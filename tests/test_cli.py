@@ -11,72 +11,22 @@ import signal
 import string
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import hydra
 import pytest
+from command_line import HEAVY, Prefpipe, Result, refused
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf, open_dict, read_write
 
 from prefpipe import artifacts, cli, suggest
 from prefpipe.check import Checker, leaf_keys, point_name
-from prefpipe.cli import main, parse
+from prefpipe.cli import parse
 from prefpipe.components import COMPONENTS
 from prefpipe.config import CONF_DIR
 from prefpipe.errors import ConfigError
 
 LOSSES = sorted(COMPONENTS["loss"])
-HEAVY = {
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "pandas",
-    "mlflow",
-    "matplotlib",
-    "vllm",
-    "deepspeed",
-}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Prefpipe = Callable[..., Result]
-
-
-@pytest.fixture
-def prefpipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prefpipe:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PREFPIPE_RUNS", str(tmp_path / "runs"))
-
-    def run(*args: str) -> Result:
-        capfd.readouterr()
-        code = 0
-        try:
-            main(args)
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capfd.readouterr()
-        return Result(code, out, err)
-
-    return run
-
-
-def refused(result: Result) -> str:
-    """The one line of a command that was refused."""
-    assert result.code == 2, result
-    assert result.out == ""
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("prefpipe: error: ")
-    return result.err.removeprefix("prefpipe: error: ").strip()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +83,7 @@ def refused(result: Result) -> str:
         ("evaluate", "'evaluate' is neither a flag nor an override; did you mean stage=evaluate?"),
         ("--mutlirun", "no such flag: --mutlirun; nearest: --multirun"),
         ("--cfg jobs", "--cfg needs a value: job, hydra, all"),
+        ("--multirun=false", "--multirun=false: --multirun takes no value; write --multirun"),
         ("-cd nowhere", "no such folder"),
         ("-m loss=dpo,simp", "no such option: loss=simp; nearest: loss=simpo"),
         ("-m seed=1,1", "two points of the sweep would write to the same folder: [stage=train seed=1] and"),

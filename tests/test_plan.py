@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from test_cli import HEAVY, Prefpipe, prefpipe, refused
+from command_line import HEAVY, Prefpipe, refused
 
 from prefpipe import artifacts
 from prefpipe.artifacts import Plan
@@ -17,8 +17,6 @@ from prefpipe.check import Checker, without_hydra
 from prefpipe.config import CONF_DIR, to_run_config
 from prefpipe.records import Pair, prompt_id
 from prefpipe.run import Command
-
-__all__ = ["prefpipe"]
 
 TINY = ("hardware=cpu", "hardware.num_threads=1", "training=debug", "training.max_steps=1", "tracking=none")
 

@@ -6,50 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 import pytest
+from command_line import Prefpipe
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from search_killed import SPACE, SWEEP, run, value
 
 from prefpipe import artifacts
-from prefpipe.cli import main
 from prefpipe.errors import ArtifactError, ConfigError
 from prefpipe.records import EvalResult
 from prefpipe.search_space import values_of
 from prefpipe.trials import Choices, Interval, open_trials
 
 SEARCH = ("-m", "sweep=optuna", "sweep.objective=accuracy/accuracy", "stage=loop", "recipe=tune")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Prefpipe = Callable[..., Result]
-
-
-@pytest.fixture
-def prefpipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prefpipe:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PREFPIPE_RUNS", str(tmp_path / "runs"))
-
-    def run(*args: str) -> Result:
-        capfd.readouterr()
-        code = 0
-        try:
-            main(args)
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 # ------------------------------------------------------------------------------------------------ refusals

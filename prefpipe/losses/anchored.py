@@ -1,4 +1,4 @@
-"""Losses that hold each completion by itself, not only the difference of the two."""
+"""Losses that treat each completion separately, not only the difference of the two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NCA(BetaLoss):
 
     loss = ls(beta h_w) + ls(-beta h_w) / 2 + ls(-beta h_l) / 2
 
-    Rewards are held near 0, where DPO only holds their difference: the likelihood of chosen does not drop freely.
+    Rewards are kept near 0, where DPO constrains only their difference, so the likelihood of chosen cannot drop freely.
 
     beta: as in DPO, 0.01 to 0.1.
     """
@@ -77,7 +77,7 @@ class SPPO(BetaLoss):
 
     loss = (h_w - (P - 1/2) / beta)^2 + (h_l + (P - 1/2) / beta)^2, P the probability that chosen is the better one
 
-    TRL and its kin have the hard labels only.
+    TRL and the libraries that follow it have only the hard labels.
 
     beta: 1 / the paper's eta. Log-ratios of whole completions are pulled to +-1 / (2 beta); the paper's 0.001 asks for
         500 nats and loses 1 / (2 beta^2) = 500,000 at the start, so watch training.max_grad_norm.
@@ -136,7 +136,7 @@ class APOZero(BetaLoss):
 
     loss = 1 - sigma(beta h_w) + sigma(beta h_l)
 
-    For chosen completions that are better than what the model writes: chosen goes up, rejected down, each by itself.
+    For chosen completions that are better than what the model writes: chosen goes up, rejected down, each separately.
 
     beta: as in DPO, 0.05 to 0.5.
     """

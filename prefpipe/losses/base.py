@@ -1,4 +1,4 @@
-"""What the losses share: their base classes, what goes in and comes out, and the functions they are written with.
+"""What the losses share: base classes, inputs and outputs, and the functions they are built from.
 
 Nothing here imports torch at the top: the config needs these classes, and `prefpipe --help` should not wait for torch.
 """
@@ -53,12 +53,12 @@ class Loss:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it reads the scores of the pairs, which a knob may decide."""
+        """Whether it reads the scores of the pairs; a setting of the loss may decide that."""
         return False
 
     @property
     def all_turns(self) -> bool:
-        """Whether it trains on every turn of the assistant; pairs differ in the last one alone."""
+        """Whether it trains on every turn of the assistant; the sides of a pair differ only in the last one."""
         return False
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None, scores: PairScores | None = None) -> LossOutput:
@@ -76,7 +76,7 @@ class Loss:
         return " ".join([self.name, *self.knobs()])
 
     def knobs(self) -> list[str]:
-        """`key=value` of every knob that is not said elsewhere."""
+        """`key=value` of every setting that `describe` does not add itself."""
         kept = [field.name for field in fields(self) if field.name not in {"name", "nll_weight"}]
         return [f"{key}={getattr(self, key)}" for key in kept]
 

@@ -1,4 +1,4 @@
-"""Losses in which a pair meets the other pairs of its batch."""
+"""Losses in which a pair's loss depends on the other pairs of its batch."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class AOT(BetaLoss):
     loss = (1 - epsilon) ls(beta d) + epsilon ls(-beta d), d the k-th smallest of (l_w - l_l) minus the k-th smallest
     of (r_w - r_l)
 
-    The policy's margins as a whole shall exceed the reference's. A pair's loss is that of its own place among the
-    policy's margins; rewards are beta h.
+    The policy's margins as a distribution should exceed the reference's. A pair's loss is that of its rank among
+    the policy's margins; rewards are beta h.
 
     beta: as in DPO, 0.01 to 0.1.
     label_smoothing: epsilon in [0, 0.5), 0 for none.

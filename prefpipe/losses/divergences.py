@@ -1,4 +1,4 @@
-"""DPO with other divergences from the reference than the reverse KL."""
+"""DPO with divergences from the reference other than the reverse KL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @register("loss")
 @dataclass
 class FDPO(BetaLoss):
-    """DPO with other divergences than the reverse KL, Wang et al. 2023, arXiv:2309.16240.
+    """DPO with divergences other than the reverse KL, Wang et al. 2023, arXiv:2309.16240.
 
     loss = ls(beta (u_w - u_l)), u = f'(e^h) - f'(1), which by divergence is
     reverse_kl: h, so DPO. forward_kl: 1 - e^-h. js: log 2 + log sigma(h). alpha: (e^((alpha-1) h) - 1) / (alpha - 1)

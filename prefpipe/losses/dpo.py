@@ -103,8 +103,8 @@ class RDPO(BetaLoss):
 
     loss = ls(beta D + alpha (n_w - n_l))
 
-    What a token more costs the reward must be made good by the log-ratio: a chosen completion that is the longer one
-    is pushed less, one that is the shorter one more. Rewards are beta h, without the length.
+    A chosen completion that is the longer one has a head start in the margin and is pushed up less, one that is the
+    shorter one more. Rewards are beta h, without the length.
 
     beta: as in DPO, 0.01 to 0.1.
     alpha: reward per token of length, at least 0; 0 is DPO. The authors of SimPO search 0.05 to 1.0 for it; alpha times

@@ -1,4 +1,4 @@
-"""Other functions of DPO's margin than the logistic one."""
+"""Functions of DPO's margin other than the logistic one."""
 
 from __future__ import annotations
 

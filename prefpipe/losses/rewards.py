@@ -20,14 +20,14 @@ class BradleyTerry(Loss):
     loss = ls(R_w - R_l - margin - margin_per_score (s_w - s_l)) + center_rewards_coefficient (R_w + R_l)^2
 
     R is the output of a linear head of one number on the last token of the conversation. The checkpoint is a
-    transformers sequence classifier, for scorer=reward_model and task=reward_accuracy; it cannot write. A learning rate
-    of 1e-5 is usual, ten times DPO's and more, for one epoch.
+    transformers sequence classifier, for scorer=reward_model and task=reward_accuracy; it generates no text. A learning
+    rate of 1e-5 is usual, at least ten times DPO's, for one epoch.
 
-    margin: that rewards shall be apart, at least 0; 0 is none.
-    margin_per_score: margin for each unit that the scores of a pair are apart, Llama 2 (Touvron et al. 2023,
+    margin: by how much rewards should differ, at least 0; 0 is none.
+    margin_per_score: margin per unit of the pair's score difference, Llama 2 (Touvron et al. 2023,
         arXiv:2307.09288, Eq. 2); 0 is none, and reads no scores.
     center_rewards_coefficient: keeps rewards around 0, Eisenstein et al. 2023, arXiv:2312.09244; TRL's name, who
-        suggest 0.01. The loss alone says nothing of where they lie.
+        suggest 0.01. The loss alone leaves their offset open.
     """
 
     name: str = "bradley_terry"

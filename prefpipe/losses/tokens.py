@@ -1,4 +1,4 @@
-"""DPO that looks at single tokens or at whole next-token distributions, not only at sums."""
+"""DPO on single tokens or whole next-token distributions, not only on sums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LDDPO(BetaLoss):
 
     loss = ls(beta D'), where in l' (and r') the tokens beyond the first min(n_w, n_l) count alpha
 
-    The longer completion's tail, which has no counterpart, pulls less. Rewards are beta h'.
+    The longer completion's tail, which has no counterpart, has less weight. Rewards are beta h'.
 
     beta: as in DPO, 0.01 to 0.1.
     alpha: weight of the tail, in [0, 1] (`ld_alpha` in TRL and ms-swift): 1 is DPO, 0 leaves the tail out.

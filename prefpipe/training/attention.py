@@ -1,8 +1,8 @@
 """Attention over several documents in one row: each sees itself and its prompt, and nothing else.
 
-transformers lets a model's attention be swapped by name. Ours gets the borders of the documents as numbers and calls a
-kernel for each, so that no work goes into padding or into pairs of tokens which a mask would strike out, and nothing
-that stands in one document can reach another, not even as a rounding error.
+transformers lets a model's attention be replaced by name. Ours gets the document boundaries as numbers and calls the
+kernel once per document. So no work goes into padding or into pairs of tokens that a mask would remove, and nothing
+in one document can affect another, not even by a rounding error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ DOCUMENTS = "prefpipe_documents"
 """Name of this attention in transformers; without a mask function of that name, transformers makes no mask."""
 
 QUERY_BLOCK = 256
-"""Queries of a masked attention that are computed together."""
+"""How many queries of a masked attention are computed together."""
 
 UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
-"""What some families add to attention and this one would ignore."""
+"""Arguments that some families pass to attention and this one would ignore."""
 
 
 class Document(NamedTuple):
-    """Tokens start .. end of a row, which see themselves causally.
+    """Tokens start .. end of a row, with causal attention among themselves.
 
     With shared > 0 they also see all of prompt .. prompt + shared, the start of an earlier document: they are a further
-    completion of that prompt, and their positions go on from the prompt's end. Of the last layer's output, read .. end
+    completion of that prompt, and their positions continue from its end. Of the last layer's output, read .. end
     is used.
     """
 
@@ -57,16 +57,16 @@ def documents_attention(
 
     Args:
         query: [1, heads, T, D]. key, value: [1, key heads, T, D]; key heads divide heads.
-        documents: they cover 0 .. T without a gap, in order.
-        only_read: give zeros for what is not read of a document.
-        sliding_window: a token sees so many tokens, itself included; None: all before it.
+        documents: in order; together they cover 0 .. T without a gap.
+        only_read: return zeros where a document's output is not read.
+        sliding_window: how many tokens a token sees, itself included; None: all before it.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
 
     Returns:
-        ([1, T, heads, D], None), what transformers expects.
+        ([1, T, heads, D], None), as transformers expects.
 
     Raises:
-        ValueError: the family asks for something that this attention does not know.
+        ValueError: the family passes something that this attention does not support.
     """
     refuse_unsupported(kwargs)
     groups = query.shape[1] // key.shape[1]
@@ -100,7 +100,7 @@ def documents_attention(
 
 
 def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a family adds to attention and no attention over documents knows."""
+    """Raise ValueError for an argument that no attention over documents supports."""
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention of several documents in one row knows no {name}")
@@ -111,17 +111,18 @@ def _in_blocks(
 ) -> list[Tensor]:
     """Attention where the last query sees the last key, and so on: the outputs of blocks of queries, in order.
 
-    A block is given the keys that it sees, and needs a mask for its own triangle alone: one mask for all queries would
-    make the kernel compute twice as much.
+    A block is given only the keys that it sees, and masks only its own triangle: one mask for all queries would make
+    the kernel compute twice as much. Seen from its last query and key, every block's mask is a corner of the same one.
     """
     before = keys.shape[2] - queries.shape[2]
+    visible = _visible(queries[:, :, :QUERY_BLOCK], keys, window)
     parts = []
     for start in range(0, queries.shape[2], QUERY_BLOCK):
         block = queries[:, :, start : start + QUERY_BLOCK]
         end = before + start + block.shape[2]
         first = 0 if window is None else max(0, before + start - window + 1)
         seen, of_them = keys[:, :, first:end], values[:, :, first:end]
-        mask = _visible(block, seen, window)
+        mask = visible[-block.shape[2] :, -seen.shape[2] :]
         parts.append(
             scaled_dot_product_attention(block, seen, of_them, attn_mask=mask, dropout_p=dropout, scale=scaling)
         )
@@ -139,7 +140,7 @@ def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 def _capped(
     queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None, cap: float, visible: Tensor, dropout: float
 ) -> Tensor:
-    """Attention with soft-capped scores, which no fused kernel on a CPU knows."""
+    """Attention with soft-capped scores, which no fused CPU kernel supports."""
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (queries @ keys.transpose(2, 3) * scale / cap).tanh() * cap
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -148,9 +149,9 @@ def _capped(
 
 
 def set_attention(model: PreTrainedModel, name: str) -> str:
-    """Let the model attend by DOCUMENTS, or by another attention of transformers again; the name it had before.
+    """Switch the model to DOCUMENTS or another attention of transformers, and return the name of the one before.
 
-    It stays so until it is set again: gradient checkpointing runs the forward pass once more, during backward.
+    It is not switched back by itself: gradient checkpointing repeats the forward pass during the backward pass.
     """
     AttentionInterface.register(DOCUMENTS, documents_attention)
     before = str(model.config._attn_implementation)

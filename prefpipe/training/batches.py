@@ -1,4 +1,4 @@
-"""From pairs to token batches: encoding, truncation, the order of the data, micro-batches."""
+"""From pairs to token batches: tokenization, truncation, data order, micro-batches."""
 
 import logging
 from collections import Counter
@@ -24,10 +24,10 @@ class Example(NamedTuple):
     """One pair as token ids; for SFT the rejected side is empty.
 
     row: its number in the input artifact, for error messages. keys: of both sides in the reference cache. scores: of
-    both sides, where they came with the pair. pair_id: of what the pair says, whatever its row. weight: of the pair,
-    by SelectionConfig. trained: [C] bool, which tokens of the chosen side count, where turns of the user stand between
-    answers; None: all. decoder_start: the token before a completion that has a decoder of its own; None where it
-    follows the prompt. rank: lower ones come first in an epoch, by training.order. length: of the longer side, prompt
+    both sides, where they came with the pair. pair_id: of the pair's texts, whatever its row. weight: by
+    SelectionConfig. trained: [C] bool, tokens of the chosen side that are trained on, where user turns stand between
+    answers; None: all. decoder_start: the token that an encoder-decoder's decoder starts with; None for a
+    causal model. rank: lower ones come first in an epoch, by training.order. length: of the longer side, prompt
     included.
     """
 
@@ -45,11 +45,11 @@ class Example(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """Tokens of the chosen side that count."""
+        """Tokens of the chosen side that are trained on."""
         return len(self.chosen) if self.trained is None else int(self.trained.sum())
 
     def tokens(self, *, pairwise: bool) -> int:
-        """Of both sides, each with its prompt (SFT: of the chosen one)."""
+        """Number of tokens of both sides, each with its prompt (SFT: of the chosen side)."""
         return len(self.prompt) * (1 + pairwise) + len(self.chosen) + len(self.rejected)
 
     @property
@@ -58,7 +58,7 @@ class Example(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Both sides of a pair as the template gives them, and the example that fits training.max_tokens.
+    """Both sides of a pair as the template renders them, and the example truncated to training.max_tokens.
 
     example: None where training.on_too_long=drop leaves the pair out. length: of the longer side, prompt included.
     """
@@ -213,10 +213,10 @@ def _scores(pair: Pair | Demonstration) -> tuple[float, float] | None:
 
 
 def cut_prompt(prompt: list[int], longest: int, training: TrainingConfig, *, keep_first: bool) -> list[int]:
-    """The prompt, cut at its start (BOS stays) when prompt and longer completion pass training.max_tokens.
+    """The prompt, cut at its start (BOS stays) when prompt and longer completion exceed training.max_tokens.
 
-    It is cut no further than needed, and never below training.max_prompt_tokens: what is still too much is taken from
-    the completions' ends, which keep at least max_tokens - max_prompt_tokens tokens.
+    It is cut no further than needed, and never below training.max_prompt_tokens; what is still too much is cut from
+    the ends of the completions, which keep at least max_tokens - max_prompt_tokens tokens.
     """
     excess = longest - training.max_tokens
     keep = max(training.max_prompt_tokens, len(prompt) - excess)
@@ -234,9 +234,9 @@ def _rank(pair: Pair | Demonstration, row: int, training: TrainingConfig) -> flo
 
 
 def data_order(num_examples: int, total: int, seed: int, ranks: Sequence[float] = ()) -> Iterator[int]:
-    """Example numbers, epoch after epoch, each epoch in its own seeded order, until `total` are drawn.
+    """Indices of examples, epoch after epoch, each epoch in its own seeded order, until `total` are drawn.
 
-    ranks: of each example; each epoch is sorted by them, and only equal ones are shuffled.
+    ranks: one per example; each epoch is sorted by rank, and only examples of equal rank are shuffled.
     """
     drawn = 0
     epoch = 0
@@ -253,9 +253,9 @@ def data_order(num_examples: int, total: int, seed: int, ranks: Sequence[float] 
 
 
 def micro_batches(examples: Sequence[Example], indices: Sequence[int], training: TrainingConfig) -> list[list[int]]:
-    """Some examples as micro-batches of similar length, longest first, so that memory runs out at once or never.
+    """Micro-batches of examples of similar length, longest first, so that memory runs out in the first one or never.
 
-    Equal prompts come together. A pair longer than training.micro_batch_tokens stands alone.
+    Equal prompts are neighbours. A pair longer than training.micro_batch_tokens is a micro-batch of its own.
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -287,7 +287,7 @@ def collate(examples: Sequence[Example], batching: str, *, pairwise: bool) -> Ba
 
 
 def _only_trained(batch: Batch, examples: Sequence[Example]) -> Batch:
-    """The batch without the targets that no assistant wrote; rows, documents and what each token sees stay."""
+    """The batch without the targets that are not the assistant's; rows, documents and attention stay as they are."""
     masks = [np.ones(len(e.chosen), bool) if e.trained is None else e.trained for e in examples]
     others = [np.ones(len(e.rejected), bool) for e in examples]
     masks += others[: len(batch.lengths) - len(masks)]  # with a rejected side there are twice as many
@@ -304,7 +304,7 @@ def _only_trained(batch: Batch, examples: Sequence[Example]) -> Batch:
 
 
 def _padded(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """One completion to a row, padded on the right: causal attention needs no mask, as no token sees what follows."""
+    """One completion per row, padded on the right; causal attention needs no mask, as no token sees what follows it."""
     ids, _ = _right_padded([np.concatenate(side) for side in sides])
     firsts = [row * ids.shape[1] + len(prompt) - 1 for row, (prompt, _) in enumerate(sides)]
     positions = [first + np.arange(len(completion)) for first, (_, completion) in zip(firsts, sides, strict=True)]
@@ -313,9 +313,9 @@ def _padded(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
 
 
 def _encoder_decoder(sides: Sequence[tuple[np.ndarray, np.ndarray]], start: int) -> Batch:
-    """One completion to a row of the decoder, behind its start token, and each distinct prompt to one of the encoder.
+    """One completion per decoder row, after its start token, and one distinct prompt per encoder row.
 
-    The decoder's rows need no mask, as they are causal; the encoder's do, as there each token sees all.
+    The decoder is causal and needs no mask; the encoder does, because there every token sees every other.
     """
     prompts = list({prompt.tobytes(): prompt for prompt, _ in sides}.values())
     number = {prompt.tobytes(): row for row, prompt in enumerate(prompts)}
@@ -341,10 +341,10 @@ def _right_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _packed(sides: Sequence[tuple[np.ndarray, np.ndarray]], *, shared: bool) -> Batch:
-    """All completions in one row without padding, each behind its prompt.
+    """All completions in one row without padding, each after its prompt.
 
-    shared: a prompt, and a completion of it, is there once, however many pairs hold it: its first completion follows
-    it, further ones come as documents of their own which see it too.
+    shared: a prompt, and a completion of it, is stored once, however many pairs hold it. Its first completion follows
+    the prompt; further ones are documents of their own that also attend to the prompt.
     """
     ids: list[np.ndarray] = []
     places: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities of given tokens, without more logits in memory than asked for."""
+"""From hidden states to log-probabilities of target tokens, with a bound on the logits held in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 KEPT_BYTES = 2**30
-"""head="auto" keeps the logits of a micro-batch for the backward pass up to this size; above it, head="chunked"."""
+"""head="auto" keeps the logits of a micro-batch for the backward pass up to this size; above it, it is "chunked"."""
 
 TILE_BYTES = 2**24
-"""Of the logits that are worked on at a time; from 32 MiB on, glibc would ask the kernel for fresh pages each time."""
+"""Logits worked on at a time on a CPU; from 32 MiB on, glibc would ask the kernel for fresh pages each time."""
+
+GPU_TILE_BYTES = 2**28
+"""The same on a GPU, where every tile reads the whole weight of the head: with few rows that would be the cost."""
 
 
 @dataclass(frozen=True)
 class Head:
     """The last layer of a model, from hidden states [N, H] to logits [N, V].
 
-    module: what computes it; a plain nn.Linear is taken apart, anything else (an adapter) is called.
+    module: computes it; a plain nn.Linear is handled by `_LinearLogps`, anything else (such as an adapter) is called.
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2. scale: a factor of them, as in Cohere, T5.
     """
 
@@ -46,7 +49,7 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """V, or a guess where the module does not say."""
+        """V, or a guess where the module does not tell."""
         return int(getattr(self.module, "out_features", 32_768))
 
 
@@ -60,14 +63,14 @@ class TokenLogps(NamedTuple):
 def token_logps(
     head: Head, hidden: Tensor, targets: Tensor, *, mode: str = "auto", collision: bool = False
 ) -> TokenLogps:
-    """Log-probability of each target after the hidden state that predicts it.
+    """Log-probability of each target, given the hidden state that predicts it.
 
     Args:
         hidden: [N, H]. targets: [N] token ids.
         mode: "plain" keeps all logits [N, V] for the backward pass; "chunked" works tile by tile and computes a tile's
             logits again in the backward pass, or, where the head is frozen, forms the gradient in the forward pass and
-            keeps no logits at all (the gradient of a token's log-probability is known up to the factor which the loss
-            will give it). "auto" is "plain" up to KEPT_BYTES.
+            keeps no logits at all (the gradient of a token's log-probability is known up to the factor that the loss
+            gives it). "auto" is "plain" up to KEPT_BYTES.
     """
     if type(head.module) is nn.Linear:
         weight, bias = head.module.weight, head.module.bias
@@ -82,7 +85,9 @@ def token_logps(
         logps = logits.gather(-1, targets[:, None])[:, 0] - total
         return logps, ((2 * logits.detach()).logsumexp(-1) - 2 * total.detach() if collision else logps.detach())
 
-    parts = _in_tiles(of_tile, (hidden, targets), rows=_tile_rows(head.vocabulary), again=mode != "plain")
+    parts = _in_tiles(
+        of_tile, (hidden, targets), rows=_tile_rows(head.vocabulary, hidden.device), again=mode != "plain"
+    )
     logps, squares = (torch.cat(part) for part in zip(*parts, strict=True))
     return TokenLogps(logps, squares if collision else None)
 
@@ -92,7 +97,7 @@ def token_kl(
 ) -> Tensor:
     """KL(reference || model) at each of N positions, nats [N]; gradients reach the model alone (TDPO).
 
-    Needs the hidden states of both at once, so that no cache can stand in for the reference.
+    It needs the hidden states of both models at once, so a cache cannot replace the reference.
     """
 
     def of_tile(hidden: Tensor, reference_hidden: Tensor) -> Tensor:
@@ -101,16 +106,17 @@ def token_kl(
             reference = reference_head(reference_hidden).log_softmax(-1)
         return (reference.exp() * (reference - logps)).sum(-1)
 
-    rows = _tile_rows(head.vocabulary)
+    rows = _tile_rows(head.vocabulary, hidden.device)
     return torch.cat(_in_tiles(of_tile, (hidden, reference_hidden.detach()), rows=rows, again=True))
 
 
-def _tile_rows(vocabulary: int) -> int:
-    return max(16, TILE_BYTES // (4 * vocabulary))
+def _tile_rows(vocabulary: int, device: torch.device) -> int:
+    tile_bytes = TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
+    return max(16, tile_bytes // (4 * vocabulary))
 
 
 def _in_tiles(function: Callable[..., Any], tensors: tuple[Tensor, ...], *, rows: int, again: bool) -> list[Any]:
-    """function of so many rows at a time; `again`: computed a second time in the backward pass, nothing kept."""
+    """A function applied to `rows` rows at a time; again: computed once more in the backward pass, keeping nothing."""
     parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
     if not again:
         return [function(*part) for part in parts]
@@ -118,7 +124,7 @@ def _in_tiles(function: Callable[..., Any], tensors: tuple[Tensor, ...], *, rows
 
 
 class _LinearLogps(torch.autograd.Function):
-    """token_logps of a linear head, by hand: one buffer of logits, turned into its own gradient in place."""
+    """token_logps of a linear head with a hand-written backward pass: logits become their own gradient in place."""
 
     @staticmethod
     def forward(
@@ -139,7 +145,7 @@ class _LinearLogps(torch.autograd.Function):
             keep = keep and needs_head and softcap is None  # a cap's slope needs the logits themselves
             kernel = weight.to(hidden.dtype)
             work = torch.promote_types(hidden.dtype, torch.float32)
-            num, rows = len(hidden), _tile_rows(len(weight))
+            num, rows = len(hidden), _tile_rows(len(weight), hidden.device)
             logps = torch.empty(num, dtype=work, device=hidden.device)
             sums, squares = torch.empty_like(logps), torch.empty_like(logps)
             kept = torch.empty(num if keep else 0, len(weight), dtype=work, device=hidden.device)

@@ -1,8 +1,8 @@
-"""Kernels that do the attention of all documents of a row in one launch, for GPUs, where a launch for each is too slow.
+"""Attention over all documents of a row in one kernel launch, for GPUs, where a launch per document is too slow.
 
-"varlen" is flash-attention over sequences of different lengths: a document's queries against the keys of its prompt and
-its own, laid out one behind the other. "flex" is FlexAttention with the same rule as a block mask, for families whose
-scores are soft-capped. A kernel is used once it has given, on this device, what the loop over documents gives.
+"varlen" is flash-attention over sequences of different lengths: a document's queries, and the keys of its prompt
+followed by its own. "flex" is FlexAttention with the same rule as a block mask, for families whose
+scores are soft-capped. A kernel is used only if it reproduces, on this device, what the loop over documents gives.
 """
 
 import functools
@@ -19,15 +19,15 @@ from prefpipe.training.attention import DOCUMENTS, Document, documents_attention
 log = logging.getLogger(__name__)
 
 HALF_TOLERANCE = 0.02
-"""Of outputs of order 1 in half precision; a token that sees another document moves them by a tenth and more."""
+"""For outputs of order 1 in half precision; a token that sees another document changes them by a tenth or more."""
 
 
 class Layout(NamedTuple):
     """Documents as sequences of their own.
 
-    queries: [Q] places in the row. keys: [K] places, those of a shared prompt in front of the document's own.
-    query_ends, key_ends: [D + 1] int32, where each document starts among them, and the end. The lengths are of the
-    longest.
+    queries: [Q] positions in the row. keys: [K] positions, those of a shared prompt before the document's own.
+    query_ends, key_ends: [D + 1] int32, cumulative lengths of the documents, from 0. longest_*: the length of the
+    longest document.
     """
 
     queries: Tensor
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def layout(documents: tuple[Document, ...], only_read: bool, device: torch.device) -> Layout:
-    """Made once for a batch, used by each layer."""
+    """Computed once per batch and used by every layer."""
     queries, keys = [], []
     for document in documents:
         queries.append(torch.arange(max(document.read, document.start) if only_read else document.start, document.end))
@@ -49,11 +49,11 @@ def layout(documents: tuple[Document, ...], only_read: bool, device: torch.devic
 
     def ends(parts: list[Tensor]) -> Tensor:
         lengths = torch.tensor([0, *(len(part) for part in parts)])
-        return lengths.cumsum(0).to(device, torch.int32)
+        return lengths.cumsum(0).to(device, torch.int32, non_blocking=True)
 
     return Layout(
-        torch.cat(queries).to(device),
-        torch.cat(keys).to(device),
+        torch.cat(queries).to(device, non_blocking=True),
+        torch.cat(keys).to(device, non_blocking=True),
         ends(queries),
         ends(keys),
         max(map(len, queries)),
@@ -77,13 +77,13 @@ def varlen_attention(
     kernel: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Like attention.documents_attention, by one call of flash-attention.
+    """attention.documents_attention in one call of flash-attention.
 
     kernel: takes (query, key, value, layout, scale, window), [Q, heads, D] and twice [K, key heads, D]; a query sees
         the keys up to its own, counted from the ends of both. None is torch's.
 
     Raises:
-        ValueError: soft-capped scores, dropout, or numbers of 32 bits, none of which the kernel knows.
+        ValueError: soft-capped scores, dropout or 32-bit inputs, which the kernel does not support.
     """
     refuse_unsupported(kwargs)
     dtype = _half(query)
@@ -133,10 +133,10 @@ def flex_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Like attention.documents_attention, by FlexAttention; what is not read is computed all the same.
+    """attention.documents_attention by FlexAttention; outputs that are not read are computed all the same.
 
     Raises:
-        ValueError: dropout, which the kernel does not know.
+        ValueError: dropout, which the kernel does not support.
     """
     refuse_unsupported(kwargs)
     if dropout > 0:
@@ -161,7 +161,7 @@ def flex_attention(
 
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Compiled on a GPU; without that it would hold all scores, which is for tests on a CPU alone."""
+    """Compiled on a GPU. Without compilation it materializes all scores, which only tests on a CPU can afford."""
     from torch.nn.attention import flex_attention as flex
 
     function: Any = flex.flex_attention
@@ -181,13 +181,13 @@ def _block_mask(documents: tuple[Document, ...], window: int | None, device: tor
         columns[1, own] = document.prompt
         columns[2, own] = document.prompt + document.shared
         columns[3, own] = torch.arange(document.shared, document.shared + document.end - document.start)
-    start, prompt, prompt_end, place = columns.to(device)
+    start, prompt, prompt_end, place = columns.to(device, non_blocking=True)
 
     def visible(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Any:
         own = (start[query] <= key) & (key <= query)
-        # A prompt that stands first in its document counts its places from 0, as does each completion of it.
+        # Without a shared prompt, prompt .. prompt_end is empty.
         seen = own | ((prompt[query] <= key) & (key < prompt_end[query]))
-        if window is not None:
+        if window is not None:  # places count from the start of the prompt, shared or not
             seen = seen & (place[query] - place[key] < window)
         return seen
 
@@ -198,9 +198,9 @@ KERNELS: dict[str, Callable[..., tuple[Tensor, None]]] = {"varlen": varlen_atten
 
 
 def fastest_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Name, for set_attention, of the first kernel that agrees with the loop here; on a CPU that of the loop.
+    """Name, for set_attention, of the first kernel that agrees with the loop on this device; on a CPU, the loop's.
 
-    dtype: that attention is computed in.
+    dtype: the one attention is computed in.
     """
     if device.type == "cpu" or dtype == torch.float32:
         return DOCUMENTS
@@ -216,10 +216,10 @@ def fastest_attention(model: PreTrainedModel, device: torch.device, dtype: torch
 def why_not(
     kernel: Callable[..., tuple[Tensor, None]], model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """None where the kernel gives the loop's outputs and gradients on random numbers of the model's shape.
+    """None where the kernel gives the loop's outputs and gradients on random inputs of the model's shape, else why not.
 
-    Two prompts, three completions, one of them longer than a block of any kernel, with and without a window and what is
-    not read.
+    Two prompts and three completions, one of them longer than a block of any kernel, with and without a sliding window,
+    and with and without `only_read`.
     """
     config = model.config.get_text_config()
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
@@ -261,7 +261,7 @@ def why_not(
 
 
 def _half(query: Tensor) -> torch.dtype:
-    """Of the two 16-bit types the one in use; rotary embeddings leave 32 bits behind under autocast."""
+    """The 16-bit type in use. Under autocast, rotary embeddings hand queries and keys over in 32 bits."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     if dtype not in (torch.bfloat16, torch.float16) and device != "cpu":

@@ -1,7 +1,7 @@
-"""The last layer computed only where its output is read: at completion tokens, not at those of the prompt.
+"""The last layer, computed only where its output is read: at completion tokens, not at prompt tokens.
 
-Of the last layer, prompts are needed as keys and values alone. What else it does token by token (queries, the
-projection behind attention, the MLP) is given the tokens that are read; zeros stand in the places of the others.
+In the last layer, prompts are needed only as keys and values. Everything else that works token by token (queries, the
+output projection, the MLP) gets only the tokens that are read; the others are zeros.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from prefpipe.training.attention import Document
 
 TOKEN_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-"""Of a layer, what may be given some of the tokens; a mixture of experts may not, as its output is no tensor."""
+"""Parts of a layer that can run on a subset of tokens; not a mixture of experts, whose output is not a tensor."""
 
 
 def narrow_last_layer(model: PreTrainedModel) -> None:
-    """Let the model's last layer compute only what is read of the `documents` that it is given.
+    """Let the model's last layer compute only what is read of the `documents` it is given.
 
-    Nothing changes for a forward pass without documents, nor in a family whose layers have other names.
+    Nothing changes for a forward pass without documents, or for a family whose layers have other names.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     last = layers[-1] if layers else None
@@ -32,12 +32,12 @@ def narrow_last_layer(model: PreTrainedModel) -> None:
 
 
 class _Narrowed:
-    """Hooks on a layer and its token-wise parts, and which tokens of the current row are read."""
+    """Hooks on a layer and its token-wise parts, and the tokens of the current row that are read."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.tokens: Tensor | None = None
         self.length = 0
-        # In front of the layer, so that gradient checkpointing's second pass sets the tokens anew.
+        # Before the layer, so that the second pass of gradient checkpointing sets the tokens again.
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
         layer.register_forward_hook(self._leave)
         for name in TOKEN_WISE:
@@ -50,7 +50,9 @@ class _Narrowed:
         if documents is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.tokens, self.length = tokens_read(documents).to(hidden.device), hidden.shape[1]
+        # Not blocking: the host would wait here for all that the GPU still has to do.
+        self.tokens = tokens_read(documents).to(hidden.device, non_blocking=True)
+        self.length = hidden.shape[1]
         return args, {**kwargs, "only_read": True}
 
     def _leave(self, *_: Any) -> None:
@@ -67,5 +69,5 @@ class _Narrowed:
 
 
 def tokens_read(documents: Sequence[Document]) -> Tensor:
-    """[K] places in the row, in order, whose hidden states are read."""
+    """[K] positions in the row, in order, whose hidden states are read."""
     return torch.cat([torch.arange(document.read, document.end) for document in documents])

@@ -1,7 +1,7 @@
-"""Sequences that begin alike, laid out so that what two of them share is computed once.
+"""Sequences with common prefixes, laid out so that a shared prefix is computed once.
 
 Completions of one prompt share it; candidates of a context ablation share a document up to the first sentence that one
-of them lacks. Whatever the reason, the longest common prefix in tokens is what counts here.
+of them lacks. Whatever the reason, what counts here is the longest common prefix in tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from prefpipe.training.attention import Document
 from prefpipe.training.batches import Batch
 
 LEAST_SHARED, LEAST_SHARE = 16, 1 / 16
-"""Tokens, and share of a row: a shorter common prefix costs more, in attention with a mask, than it saves."""
+"""In tokens, and as a share of a row: below these, masked attention costs more than sharing the prefix saves."""
 
 
 class Row(NamedTuple):
-    """ids: [T] int32 of one sequence. start: what is asked for are the log-probabilities of ids[start:], start >= 1.
+    """ids: [T] int32 of one sequence. start: the log-probabilities of ids[start:] are asked for, start >= 1.
 
-    With start = T nothing is predicted, and the last token's hidden state is there still, for a reward.
+    With start = T nothing is predicted; the last token's hidden state is still there, for a reward.
     """
 
     ids: np.ndarray
@@ -29,9 +29,9 @@ class Row(NamedTuple):
 
 
 def shared_batches(rows: Sequence[Row], *, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-    """All rows in batches of one line without padding, shared prefixes once: (numbers of its rows, the batch).
+    """Batches of one row without padding, each shared prefix once: (indices of the batch's rows, the batch).
 
-    A batch holds at most max_tokens tokens, or a single row. Which rows share a batch changes no number but in its last
+    A batch holds at most max_tokens tokens, or a single row. How rows are batched changes results only in their last
     digits.
     """
     # As big-endian bytes, token ids compare like the numbers they are.
@@ -50,7 +50,7 @@ def shared_batches(rows: Sequence[Row], *, max_tokens: int) -> Iterator[tuple[li
 
 
 def _groups(rows: Sequence[Row], order: Sequence[int], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Neighbours in lexical order that share a prefix, as `_shared` gives them, no more than fit into a batch."""
+    """Neighbours in lexicographic order that share a prefix, as `_shared` gives them, as many as fit into a batch."""
     group: list[int] = []
     tokens = 0
     for index in order:
@@ -65,7 +65,7 @@ def _groups(rows: Sequence[Row], order: Sequence[int], max_tokens: int) -> Itera
 
 
 def _fitting(rows: Sequence[Row], group: Sequence[int], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """A group, halved until it fits: its rows share less with its base than with their neighbours."""
+    """A group, halved until it fits: rows may share less with the group's base than with their neighbours."""
     found = _shared(rows, group)
     if len(group) == 1 or _size(rows, found) <= max_tokens:
         yield found
@@ -80,9 +80,9 @@ def _size(rows: Sequence[Row], group: Sequence[tuple[int, int]]) -> int:
 
 
 def _shared(rows: Sequence[Row], group: Sequence[int]) -> list[tuple[int, int]]:
-    """The group's rows, its base first, of which the others share most, and how many tokens each shares with that."""
+    """The group's rows, each with the number of tokens it shares with the base, the first, which shares most in all."""
     neighbours = [common_prefix(rows[a].ids, rows[b].ids) for a, b in pairwise(group)]
-    # In lexical order, two rows have in common the least of what neighbours between them have.
+    # In lexicographic order, the common prefix of two rows is the shortest one of the neighbours between them.
     common = np.zeros((len(group), len(group)), dtype=np.int64)
     for a in range(len(group)):
         common[a, a + 1 :] = np.minimum.accumulate(np.array(neighbours[a:], dtype=np.int64))
@@ -92,14 +92,14 @@ def _shared(rows: Sequence[Row], group: Sequence[int]) -> list[tuple[int, int]]:
     for place, number in enumerate(group):
         length, shared = len(rows[number].ids), int(common[base, place])
         if place != base:
-            # A row keeps a token of its own: its last hidden state must be somewhere.
+            # A row keeps at least one token of its own, because its last hidden state must exist.
             worth = shared >= max(LEAST_SHARED, LEAST_SHARE * length)
             found.append((number, min(shared, length - 1) if worth else 0))
     return found
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that two sequences begin with alike."""
+    """Length of the longest common prefix of two sequences, in tokens."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

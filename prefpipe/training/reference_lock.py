@@ -3,8 +3,6 @@
 import errno
 import fcntl
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +11,7 @@ from typing import IO
 
 import orjson
 
-from prefpipe.files import now
+from prefpipe.provenance import describe_holder, lock_holder
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +62,13 @@ def _wait_for(file: IO[bytes], folder: Path) -> None:
 
 
 def _write_holder(file: IO[bytes]) -> None:
-    note = {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "job": os.environ.get("SLURM_JOB_ID")}
     file.truncate(0)
-    file.write(orjson.dumps(note))
+    file.write(orjson.dumps(lock_holder()))
 
 
 def _holder(file: IO[bytes]) -> str:
     file.seek(0)
     try:
-        note = orjson.loads(file.read())
-        job = f", Slurm job {note['job']}" if note["job"] else ""
-        return f"process {note['pid']} on {note['host']} since {note['since']}{job}"
+        return describe_holder(orjson.loads(file.read()))
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return "another process"

@@ -1,8 +1,9 @@
-"""Which pairs are trained on, how often, and how much each counts: a random subset, or weights as chances or factors.
+"""Which pairs are trained on, how often, and with what weight: a random subset, or weights used for sampling or loss.
 
-A choice depends on the seed and on what the pairs say, never on their order; a smaller budget takes a subset of what a
+A choice depends on the seed and on the pairs' texts, never on their order; a smaller budget takes a subset of what a
 larger one takes. Weights by score difference and the random subset follow When2RL (`preference_config`,
-`--max_data_size`), whose authors do not say whether a weight is a chance or a factor; here the config does.
+`--max_data_size`), which does not say whether a weight is a sampling probability or a factor of the loss; here
+selection.apply does.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from prefpipe.settings import OTHER_DIFFERENCES, SelectionConfig
 log = logging.getLogger(__name__)
 
 MAX_GROWTH = 100
-"""Sampling may repeat pairs until there are this many times as many; beyond it a weight is a mistake."""
+"""Sampling may repeat pairs up to this many times as many in all; a larger weight is taken for a mistake."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def pair_id(pair: Pair | Demonstration) -> str:
 
 
 def pair_weight(pair: Pair | Demonstration, row: int, selection: SelectionConfig) -> float:
-    """The weight that selection gives a pair, before selection.max_weight; infinite only where that will cut it.
+    """The weight that selection gives a pair, before selection.max_weight; infinite only where that will clip it.
 
     Raises DataError, naming the row, where the pair lacks what the weight is made of, or has no weight of at least 0.
     """
@@ -68,15 +69,15 @@ def pair_weight(pair: Pair | Demonstration, row: int, selection: SelectionConfig
 
 
 def rounded(difference: float) -> int:
-    """The nearest whole number; a half counts upwards, so that every whole number stands for an interval of width 1.
+    """The nearest whole number; halves round up, so that every whole number stands for an interval of width 1.
 
-    To 6 decimals first: 4.1 - 3.6 is a half, though not in binary.
+    Rounded to 6 decimals first, because 4.1 - 3.6 is not exactly a half in binary.
     """
     return math.floor(round(difference, 6) + 0.5)
 
 
 def select(ids: Sequence[str], weights: Sequence[float], selection: SelectionConfig, seed: int) -> Selection:
-    """Choose among pairs, as selection says, and report it in the log.
+    """Choose among pairs, as selection says, and log the choice.
 
     Loss weights are divided by their mean over the pairs taken: equal weights of any size change nothing, so that the
     learning rate keeps its meaning, and in expectation an epoch's gradient points where that of sampling does. As a

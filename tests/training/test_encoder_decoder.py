@@ -4,25 +4,23 @@ import copy
 import functools
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import engine_oracle as oracle
 import orjson
 import pytest
 import torch
+from engine_oracle import CPU, PAIRWISE, gradients
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, PreTrainedModel, T5Config
 
 from prefpipe import models
-from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
 from prefpipe.generators.hf import HF
-from prefpipe.logps import PairLogps
-from prefpipe.losses import DPO, IPO, SFT, Loss, PairScores, SimPO
+from prefpipe.losses import DPO, IPO, SFT, Loss, SimPO
 from prefpipe.records import Completion, Pair, Prompt, Split, prompt_id
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
 from prefpipe.stages.evaluate import PolicyUnderTest
@@ -31,7 +29,6 @@ from prefpipe.training.engine import Engine, Frozen, choose_engine
 from prefpipe.training.loop import Job, train
 from prefpipe.training.reference import FixedReference, OnlineReference, Reference
 
-CPU = torch.device("cpu")
 START = 3
 """Neither the padding token nor 0, so that no default can pass for it."""
 
@@ -66,7 +63,6 @@ FAMILIES = {
         pad_token_id=2,
     ),
 }
-PAIRWISE = {name: cls for name, cls in COMPONENTS["loss"].items() if cls.pairwise}
 
 
 def model(family: str, kernel: str = "sdpa", seed: int = 0) -> nn.Module:
@@ -97,39 +93,17 @@ def _wide_norm(norm: nn.Module) -> None:
     norm.forward = forward
 
 
-def examples(seed: int = 0, count: int = 5) -> list[Example]:
-    """Pairs of random tokens; the last two share their prompt, and one completion."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for row in range(count):
-        sides = [rng.integers(4, 61, size).astype(np.int32) for size in rng.integers(1, 14, 3)]
-        made.append(Example(row, *sides, scores=tuple(rng.normal(size=2).tolist()), decoder_start=START))
-    made[-1] = made[-1]._replace(prompt=made[-2].prompt, rejected=made[-2].chosen)
-    return made
+def examples(seed: int = 0) -> list[Example]:
+    return oracle.random_pairs(seed, 5, longest=14, first_token=4, decoder_start=START)
 
 
-def by_hand(net: nn.Module, rows: Sequence[Example], reference: nn.Module | None = None) -> PairLogps:
-    """One completion at a time as `labels` of the model's own forward pass, whose loss is the mean over its tokens."""
-    sums, tables, collisions, kls = [], [], [], []
-    for completion, prompt in [(e.chosen, e.prompt) for e in rows] + [(e.rejected, e.prompt) for e in rows]:
-        given = {
-            "input_ids": torch.from_numpy(prompt)[None].long(),
-            "labels": torch.from_numpy(completion)[None].long(),
-        }
-        out = net(**given)
-        logps = out.logits[0].log_softmax(-1)
-        sums.append(-out.loss * len(completion))
-        tables.append(torch.stack([logps[i, token] for i, token in enumerate(completion.tolist())]))
-        collisions.append(logps.detach().exp().pow(2).sum(-1).log().sum())
-        if reference is not None:
-            with torch.no_grad():
-                other = reference(**given).logits[0].log_softmax(-1)
-            kls.append((other.exp() * (other - logps)).sum())
-    table = nn.utils.rnn.pad_sequence(tables, batch_first=True)
-    both = [torch.stack(sums), torch.tensor([len(t) for t in tables]), table, torch.stack(collisions)]
-    both += [torch.stack(kls)] if kls else []
-    (chosen, rejected), (chosen_tokens, rejected_tokens), *others = (part.chunk(2) for part in both)
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, *(side for pair in others for side in pair))
+def forward(net: nn.Module, prompt: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
+    """The completion as `labels` of the model's own forward pass, whose loss is the mean over its tokens."""
+    out = net(input_ids=prompt[None], labels=completion[None])
+    return out.logits[0].log_softmax(-1), -out.loss * len(completion)
+
+
+by_hand = functools.partial(oracle.one_at_a_time, forward)
 
 
 def reference_of(kind: str, family: str, engine: Engine, rows: list[Example]) -> Reference:
@@ -140,32 +114,9 @@ def reference_of(kind: str, family: str, engine: Engine, rows: list[Example]) ->
     return FixedReference.of_values([values[i + side * len(rows)] for i in range(len(rows)) for side in (0, 1)], CPU)
 
 
-def gradients(net: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in net.parameters() if p.requires_grad and p.grad is not None]
-
-
-def total(name: str, policy: PairLogps, reference: PairLogps, rows: Sequence[Example]) -> Tensor:
-    loss = PAIRWISE[name]()
-    scores = PairScores(*torch.tensor([e.scores for e in rows], dtype=torch.float64).unbind(1))
-    return loss(policy, reference, scores if loss.needs_scores else None).loss.sum()
-
-
 @functools.cache
 def expected(family: str, name: str) -> tuple[float, list[Tensor]]:
-    """Loss and gradients from by_hand."""
-    net, other, rows = model(family), model(family, seed=1), examples()
-    with torch.no_grad():
-        frozen = by_hand(other, rows)
-    loss = total(name, by_hand(net, rows, other), frozen, rows)
-    loss.backward()
-    return loss.item(), gradients(net)
-
-
-def assert_gradients(net: nn.Module, slopes: list[Tensor], scale: float = 1.0) -> None:
-    found = gradients(net)
-    assert len(found) == len(slopes) > 0
-    for mine, theirs in zip(found, slopes, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-10 * max(1.0, scale))
+    return oracle.loss_by_hand(name, forward, model(family), model(family, seed=1), examples())
 
 
 @pytest.mark.parametrize("reference", ["online", "cached"])
@@ -176,18 +127,8 @@ def test_every_loss_and_its_gradients_are_those_of_labels(family, head, referenc
     monkeypatch.setattr("prefpipe.training.head.TILE_BYTES", 4 * 61 * 16)  # tiles of 16 tokens: several of them
     engine, rows, net = Engine(CPU, "padded", head), examples(), model(family)
     frozen = reference_of(reference, family, engine, rows)
-    for name in PAIRWISE if family == "t5" else ("dpo", "ipo", "simpo", "tdpo"):
-        reads = PAIRWISE[name].reads
-        if "kl" in reads and reference == "cached":
-            continue  # refused: a cache holds no distributions
-        second = frozen.frozen if isinstance(frozen, OnlineReference) else None
-        net.zero_grad()
-        policy = engine.logps(net, rows, pairwise=True, reads=reads, reference=second)
-        loss = total(name, policy, frozen.logps(range(len(rows)), reads), rows)
-        loss.backward()
-        value, slopes = expected(family, name)
-        assert loss.item() == pytest.approx(value, rel=1e-10, abs=1e-10), name
-        assert_gradients(net, slopes, abs(value) ** 0.5)
+    names = PAIRWISE if family == "t5" else ("dpo", "ipo", "simpo", "tdpo")
+    oracle.assert_losses(names, engine, net, frozen, rows, functools.partial(expected, family))
 
 
 @pytest.mark.parametrize("head", ["plain", "chunked"])
@@ -207,36 +148,20 @@ def test_sft_and_its_gradients_are_those_of_labels(family, head):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     assert policy.chosen_tokens.tolist() == [len(e.chosen) for e in rows]
-    assert_gradients(net, slopes)
+    oracle.assert_gradients(net, slopes)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["t5_v1_1", "bart"])
 def test_other_rows_change_nothing_bit_for_bit(family, kernel):
-    """Every token of one pair is another one; the others' numbers stay. And one side cannot see the other."""
     net, rows, engine = model(family, kernel), examples(3), Engine(CPU)
-    before = engine.logps(net, rows, pairwise=True)
-    other = [*rows[:1], rows[1]._replace(prompt=64 - rows[1].prompt, chosen=64 - rows[1].chosen), *rows[2:]]
-    after = engine.logps(net, other, pairwise=True)
-    kept = [0, 2, 3, 4]
-    assert torch.equal(before.chosen[kept], after.chosen[kept])
-    assert torch.equal(before.rejected[kept], after.rejected[kept])
-    assert before.chosen[1] != after.chosen[1]
-    assert before.rejected[1] != after.rejected[1]  # the same completion behind another prompt
-    flipped = engine.logps(net, [e._replace(rejected=64 - e.rejected) for e in rows[:3]], pairwise=True)
-    plain = engine.logps(net, rows[:3], pairwise=True)
-    assert torch.equal(plain.chosen, flipped.chosen)
-    assert not torch.equal(plain.rejected, flipped.rejected)
+    oracle.assert_other_rows_change_nothing(engine, net, rows)
+    oracle.assert_sides_are_apart(engine, net, rows[:3])
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_pair_does_not_depend_on_its_neighbours(family):
-    net, rows, engine = model(family), examples(2), Engine(CPU)
-    together = engine.logps(net, rows, pairwise=True)
-    for i, row in enumerate(rows):
-        alone = engine.logps(net, [row], pairwise=True)
-        assert alone.chosen.item() == pytest.approx(together.chosen[i].item(), abs=1e-10)
-        assert alone.rejected.item() == pytest.approx(together.rejected[i].item(), abs=1e-10)
+    oracle.assert_neighbours_do_not_matter(Engine(CPU), model(family), examples(2))
 
 
 def test_the_encoder_reads_each_prompt_once():
@@ -253,18 +178,14 @@ def test_the_encoder_reads_each_prompt_once():
 
 
 def test_gradient_checkpointing_changes_no_bit():
-    found = []
-    for checkpointing in (False, True):
+    def make() -> nn.Module:
         net = model("t5").train()
         for module in net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        if checkpointing:
-            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        Engine(CPU).logps(net, examples(), pairwise=True).chosen.sum().backward()
-        found.append(gradients(net))
-    for plain, again in zip(*found, strict=True):
-        assert torch.equal(plain, again)
+        return net
+
+    oracle.assert_checkpointing_changes_no_bit(make, Engine(CPU), examples())
 
 
 def test_auto_is_padded_and_one_row_for_both_is_refused():

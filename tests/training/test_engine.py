@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import engine_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from engine_oracle import COMMON, CPU, PAIRWISE, gradients, total
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -22,10 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from prefpipe.components import COMPONENTS
 from prefpipe.errors import ConfigError
-from prefpipe.logps import PairLogps
-from prefpipe.losses import PairScores
 from prefpipe.settings import HardwareConfig, TrainingConfig
 from prefpipe.training import adapters, attention
 from prefpipe.training.batches import Example
@@ -34,17 +32,7 @@ from prefpipe.training.head import Head
 from prefpipe.training.parallel import Parallel
 from prefpipe.training.reference import FixedReference, OnlineReference, Reference, cached_values, whole_model
 from prefpipe.training.reference_cache import ReferenceCache
-from prefpipe.training.reference_keys import completion_key
 
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 FAMILIES = {
     "llama": LlamaConfig(**COMMON),
     "llama_tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
@@ -60,9 +48,7 @@ FAMILIES = {
     "lora_head": LlamaConfig(**COMMON),
     "frozen_head": LlamaConfig(**COMMON),
 }
-CPU = torch.device("cpu")
 BATCHINGS = ("padded", "packed", "shared")
-PAIRWISE = {name: cls for name, cls in COMPONENTS["loss"].items() if cls.pairwise}
 
 
 @pytest.fixture(autouse=True)
@@ -111,38 +97,19 @@ def model(family: str, kernel: str = "sdpa", seed: int = 0) -> nn.Module:
     return net
 
 
-def examples(seed: int = 0, count: int = 5, longest: int = 12) -> list[Example]:
-    """Pairs of random tokens; the last two share their prompt, and one completion."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for row in range(count):
-        sizes = rng.integers(1, longest, 3)
-        sides = [rng.integers(3, 61, size).astype(np.int32) for size in sizes]
-        scores = tuple(rng.normal(size=2).tolist())
-        made.append(Example(row, *sides, scores=scores))
-    made[-1] = made[-1]._replace(prompt=made[-2].prompt, rejected=made[-2].chosen)
-    return [e._replace(keys=(completion_key(e.prompt, e.chosen), completion_key(e.prompt, e.rejected))) for e in made]
+def examples(seed: int = 0, count: int = 5) -> list[Example]:
+    return oracle.random_pairs(seed, count, longest=12)
 
 
-def by_hand(net: nn.Module, rows: list[Example], reference: nn.Module | None = None) -> PairLogps:
-    """One completion at a time, its whole sequence through the model, with all logits and a loop over positions."""
-    sums, tables, collisions, kls = [], [], [], []
-    for completion, prompt in [(e.chosen, e.prompt) for e in rows] + [(e.rejected, e.prompt) for e in rows]:
-        ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]])
-        at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
-        logps = net(input_ids=ids).logits[0, at].log_softmax(-1)
-        tables.append(torch.stack([logps[i, token] for i, token in enumerate(completion.tolist())]))
-        sums.append(tables[-1].sum())
-        collisions.append(logps.detach().exp().pow(2).sum(-1).log().sum())
-        if reference is not None:
-            with torch.no_grad():
-                other = reference(input_ids=ids).logits[0, at].log_softmax(-1)
-            kls.append((other.exp() * (other - logps)).sum())
-    table = nn.utils.rnn.pad_sequence(tables, batch_first=True)
-    both = [torch.stack(sums), torch.tensor([len(t) for t in tables]), table, torch.stack(collisions)]
-    both += [torch.stack(kls)] if kls else []
-    (chosen, rejected), (chosen_tokens, rejected_tokens), *others = (part.chunk(2) for part in both)
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, *(side for pair in others for side in pair))
+def forward(net: nn.Module, prompt: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole sequence through the model; see engine_oracle.Forward."""
+    ids = torch.cat([prompt, completion])[None]
+    at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+    logps = net(input_ids=ids).logits[0, at].log_softmax(-1)
+    return logps, logps.gather(-1, completion[:, None]).sum()
+
+
+by_hand = functools.partial(oracle.one_at_a_time, forward)
 
 
 def prepared(net: nn.Module, engine: Engine) -> nn.Module:
@@ -163,25 +130,9 @@ def reference_of(kind: str, family: str, engine: Engine, rows: list[Example], fo
     return FixedReference.of_values(values, CPU)
 
 
-def gradients(net: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in net.parameters() if p.requires_grad and p.grad is not None]
-
-
-def total(name: str, policy: PairLogps, reference: PairLogps, rows: Sequence[Example]) -> Tensor:
-    loss = PAIRWISE[name]()
-    scores = PairScores(*torch.tensor([e.scores for e in rows], dtype=torch.float64).unbind(1))
-    return loss(policy, reference, scores if loss.needs_scores else None).loss.sum()
-
-
 @functools.cache
 def expected(family: str, name: str) -> tuple[float, list[Tensor]]:
-    """Loss and gradients from by_hand."""
-    net, other, rows = model(family), model(family, seed=1), examples()
-    with torch.no_grad():
-        frozen = by_hand(other, rows)
-    loss = total(name, by_hand(net, rows, other), frozen, rows)
-    loss.backward()
-    return loss.item(), gradients(net)
+    return oracle.loss_by_hand(name, forward, model(family), model(family, seed=1), examples())
 
 
 @pytest.mark.parametrize("reference", ["online", "cached"])
@@ -197,22 +148,8 @@ def test_every_engine_gives_every_loss_and_its_gradients(family, batching, head,
     engine, rows = Engine(CPU, batching, head), examples()
     net = prepared(model(family), engine)
     frozen = reference_of(reference, family, engine, rows, tmp_path)
-    for name in PAIRWISE if family == "llama" else ("dpo", "ipo", "simpo", "ld_dpo", "wpo", "tdpo"):
-        reads = PAIRWISE[name].reads
-        if "kl" in reads and reference == "cached":
-            continue  # refused: a cache holds no distributions
-        second = frozen.frozen if isinstance(frozen, OnlineReference) else None
-        net.zero_grad()
-        policy = engine.logps(net, rows, pairwise=True, reads=reads, reference=second)
-        loss = total(name, policy, frozen.logps(range(len(rows)), reads), rows)
-        loss.backward()
-        value, slopes = expected(family, name)
-        assert loss.item() == pytest.approx(value, rel=1e-10, abs=1e-10), name
-        found = gradients(net)
-        assert len(found) == len(slopes)
-        for mine, theirs in zip(found, slopes, strict=True):
-            # Quadratic losses far from their target: contributions of the size of sqrt(loss) that cancel.
-            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-10 * max(1.0, abs(value) ** 0.5)), name
+    names = PAIRWISE if family == "llama" else ("dpo", "ipo", "simpo", "ld_dpo", "wpo", "tdpo")
+    oracle.assert_losses(names, engine, net, frozen, rows, functools.partial(expected, family))
 
 
 @pytest.mark.parametrize("head", ["plain", "chunked"])
@@ -237,36 +174,20 @@ def test_float32_keeps_five_digits(batching, head):
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_other_documents_change_nothing_bit_for_bit(batching):
-    """Every token of one pair is another one; the others' numbers stay (trl#2834)."""
-    net, rows = model("llama"), examples(3)
-    prepared(net, Engine(CPU, batching))
-    other = [*rows[:1], rows[1]._replace(prompt=64 - rows[1].prompt, chosen=64 - rows[1].chosen), *rows[2:]]
-    before, after = (Engine(CPU, batching).logps(net, batch, pairwise=True) for batch in (rows, other))
-    kept = [0, 2, 3, 4]
-    assert torch.equal(before.chosen[kept], after.chosen[kept])
-    assert torch.equal(before.rejected[kept], after.rejected[kept])
-    assert before.chosen[1] != after.chosen[1]
+    engine = Engine(CPU, batching)
+    oracle.assert_other_rows_change_nothing(engine, prepared(model("llama"), engine), examples(3))
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_one_side_cannot_see_the_other(batching):
-    net, rows = model("llama"), examples(3)
-    prepared(net, Engine(CPU, batching))
-    other = [e._replace(rejected=64 - e.rejected) for e in rows[:3]]
-    before, after = (Engine(CPU, batching).logps(net, batch, pairwise=True) for batch in (rows[:3], other))
-    assert torch.equal(before.chosen, after.chosen)
-    assert not torch.equal(before.rejected, after.rejected)
+    engine = Engine(CPU, batching)
+    oracle.assert_sides_are_apart(engine, prepared(model("llama"), engine), examples(3)[:3])
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_a_pair_does_not_depend_on_its_neighbours(batching):
-    net, rows = model("llama"), examples(2)
-    prepared(net, Engine(CPU, batching))
-    together = Engine(CPU, batching).logps(net, rows, pairwise=True)
-    for i, row in enumerate(rows):
-        alone = Engine(CPU, batching).logps(net, [row], pairwise=True)
-        assert alone.chosen.item() == pytest.approx(together.chosen[i].item(), abs=1e-10)
-        assert alone.rejected.item() == pytest.approx(together.rejected[i].item(), abs=1e-10)
+    engine = Engine(CPU, batching)
+    oracle.assert_neighbours_do_not_matter(engine, prepared(model("llama"), engine), examples(2))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 1), (1, 1, 5), (9, 1, 1)])
@@ -301,15 +222,8 @@ def test_sft_reads_only_the_chosen_side():
 
 
 def test_gradient_checkpointing_attends_by_documents_in_the_backward_pass_too():
-    found = []
-    for checkpointing in (False, True):
-        net, engine = model("llama").train(), Engine(CPU, "shared")
-        if checkpointing:
-            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        engine.logps(prepared(net, engine), examples(), pairwise=True).chosen.sum().backward()
-        found.append(gradients(net))
-    for plain, again in zip(*found, strict=True):
-        assert torch.equal(plain, again)
+    engine = Engine(CPU, "shared")
+    oracle.assert_checkpointing_changes_no_bit(lambda: prepared(model("llama").train(), engine), engine, examples())
 
 
 def test_chunked_and_frozen_heads_keep_no_logits_for_the_backward_pass():

@@ -49,7 +49,7 @@ def by_hand(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np
 @pytest.mark.parametrize("mode", ["plain", "chunked", "auto"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_and_gradients(kind, mode, tile, monkeypatch):
-    monkeypatch.setattr(module, "_tile_rows", lambda vocabulary: tile)
+    monkeypatch.setattr(module, "_tile_rows", lambda vocabulary, device: tile)
     head, hidden, targets = made(kind)
     found = token_logps(head, hidden, targets, mode=mode, collision=True)
     logps, squares = by_hand(head, hidden, targets)

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from engine_oracle import COMMON
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from prefpipe.training.engine import Engine
 from prefpipe.training.prefixes import LEAST_SHARED, Row, common_prefix, shared_batches
 
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 FAMILIES = {
     "llama": LlamaConfig(**COMMON),
     "mistral": MistralConfig(**COMMON, sliding_window=24),

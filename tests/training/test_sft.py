@@ -7,7 +7,8 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from test_engine import BATCHINGS, CPU, gradients, model, prepared
+from engine_oracle import CPU, gradients
+from test_engine import BATCHINGS, model, prepared
 from test_loop import TRAINING, job, metrics, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
