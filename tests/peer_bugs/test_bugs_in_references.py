@@ -29,6 +29,7 @@ from transformers import (
 
 from prefpipe import artifacts, models
 from prefpipe.artifacts import Plan
+from prefpipe.errors import ArtifactError
 from prefpipe.losses import DPO
 from prefpipe.records import Pair, prompt_id
 from prefpipe.settings import HardwareConfig, ModelConfig, TrainingConfig
@@ -233,7 +234,7 @@ def test_b46_a_published_checkpoint_whose_weights_are_overwritten_is_refused_or_
     shift_weights(folder)
     try:
         after = models.weights_digest(folder)
-    except artifacts.ArtifactError:
+    except ArtifactError:
         return
     assert after != before
 
