@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import orjson
-import pytest
 
 from prefpipe.artifacts import is_complete
 
@@ -48,6 +47,5 @@ def test_every_file_of_the_readme_exists():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("number", re.findall(r"[A-Z]+_(?:SECONDS|MINUTES|TABLE)", README))
-def test_no_number_is_left_to_fill_in(number):
-    pytest.fail(f"README.md still holds {number}")
+def test_no_number_is_left_to_fill_in():
+    assert re.findall(r"[A-Z]+_(?:SECONDS|MINUTES|TABLE)", README) == []
