@@ -216,7 +216,9 @@ def _changed_since(output: Path) -> str:
 
 
 def _made_after(output: Path, attempt: Attempt) -> bool:
+    """Whether the attempt itself made the output; in a tie, as times are to the second, not where it said it failed."""
     try:
-        return bool(orjson.loads((output / "provenance.json").read_bytes())["created"] >= attempt.started)
+        created = str(orjson.loads((output / "provenance.json").read_bytes())["created"])
     except (OSError, ValueError, KeyError):
         return False
+    return created > attempt.started or (created == attempt.started and attempt.outcome != FAILED)
