@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import sub
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,7 +96,7 @@ class Race:
         self.hardware = HardwareConfig(name="cpu", device="cpu", precision="fp32", num_threads=threads)
         self.generator = VLLM(python=python, num_samples=num_samples, max_new_tokens=MAX_NEW_TOKENS, **ENGINE)
         template = load_template(MODEL, self.folder)
-        room = lambda tokens: ENGINE["max_model_len"] - tokens  # noqa: E731
+        room = partial(sub, ENGINE["max_model_len"])
         requests, _ = self.generator.requests(self.prompts, template, room, seed=0, round_=0)
         self.job = work / "job.json"
         self.job.write_text(json.dumps(self._job(requests, sorted(template.stop_ids))) + "\n")

@@ -25,7 +25,7 @@ from prefpipe.errors import ConfigError, DataError, PrefpipeError
 from prefpipe.files import write_json
 from prefpipe.launch import slurm_queue
 from prefpipe.launch.attempts import DONE, FAILED, RUNNING, Unit
-from prefpipe.launch.status import status_of
+from prefpipe.launch.status import Jobs, status_of
 from prefpipe.launch.sweep import SLURM_LAUNCHER, is_done, point_of, prepare
 from prefpipe.logs import say
 from prefpipe.records import EvalResult
@@ -219,7 +219,8 @@ class _Driver:
     def _launch(self, points: Sequence["_Point"]) -> None:
         """Run points, and record what became of each: its own records tell it, whatever the launcher says."""
         at_work = [point for point in points if point.is_at_work()]
-        done = [point for point in points if point not in at_work and point.is_done()]
+        jobs = slurm_queue.jobs()
+        done = [point for point in points if point not in at_work and point.is_done(jobs)]
         others = [point for point in points if point not in at_work + done]
         launched = [len(point.unit.attempts()) for point in others]
         for point in points:
@@ -310,11 +311,11 @@ class _Point:
         attempts = self.unit.attempts()
         return bool(attempts) and attempts[-1].job is None and status_of(self.unit, None).state == RUNNING
 
-    def is_done(self) -> bool:
-        """Whether an earlier command has made it, and ended before it could say so here."""
+    def is_done(self, jobs: Jobs) -> bool:
+        """Whether an earlier command has made it, and ended before it could say so here. jobs: Slurm's queue."""
         launcher = self.composed.hydra.launcher
         on_slurm = launcher if launcher._target_ == SLURM_LAUNCHER else None
-        return is_done(Command(self.run, without_hydra(self.composed)), slurm_queue.jobs(), on_slurm)
+        return is_done(Command(self.run, without_hydra(self.composed)), jobs, on_slurm)
 
     def value(self, objective: str) -> float:
         """Of the objective, as the point's evaluation has it. Raises DataError when it is missing, or no number."""

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +90,7 @@ class LogFiles:
 
     def __init__(self, work: Path, *, written: bool) -> None:
         """written: False in all processes but the first."""
+        self._written = written
         self._files = [
             (work / name if written else Path(os.devnull)).open("ab") for name in ("metrics.jsonl", "timing.jsonl")
         ]
@@ -102,9 +102,9 @@ class LogFiles:
             file.flush()
 
     def synced(self) -> int:
-        """Bytes of metrics.jsonl, which are on disk when this returns."""
+        """Bytes of metrics.jsonl, which are on disk when this returns. Raises OSError where they cannot be."""
         metrics_file = self._files[0]
-        with suppress(OSError):  # os.devnull
+        if self._written:
             os.fsync(metrics_file.fileno())
         return metrics_file.tell()
 

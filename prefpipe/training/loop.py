@@ -181,11 +181,11 @@ def train(job: Job) -> None:
             timing = since.speed(num_parameters, device, parallel.world_size)
             logs.write(row, {"step": step + 1} | timing)
             shown.note(f"loss {row['train/loss']:.4f}")
-            since = Interval()
             regular = training.save_every_steps and (step + 1) % training.save_every_steps == 0 and step + 1 < num_steps
             if regular or any(heard for *_, heard in everyone):
                 _save_state(work, step + 1, parallel, logs, data)
                 notice.answer()
+            since = Interval()
 
     logs.close()
     weights = parallel.whole()
