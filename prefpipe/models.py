@@ -335,6 +335,15 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def factor_type(tensor: torch.Tensor) -> torch.dtype:
+    """The type in which a linear layer multiplies a tensor: autocast's where that is on, but for float64."""
+    import torch
+
+    device = tensor.device.type
+    mixed = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if mixed else tensor.dtype
+
+
 def reference_digest(model: ModelConfig, folder: Path) -> str:
     """`weights_digest` of what a reference computes with: 4-bit weights are another model than those of the folder."""
     return weights_digest(folder) + ("-nf4" if model.adapter == "qlora" else "")
@@ -409,13 +418,10 @@ def _compute_as_linear_layers_do(model: PreTrainedModel) -> None:
     bitsandbytes takes one type for good, and on some CPUs another kernel where there are no gradients: with it the
     reference would not be the model that training starts from.
     """
-    import torch
     from bitsandbytes.nn import Linear4bit
 
     def choose_type(layer: Any, inputs: tuple[torch.Tensor]) -> None:
-        device = inputs[0].device.type
-        mixed = torch.is_autocast_enabled(device)
-        layer.compute_dtype = torch.get_autocast_dtype(device) if mixed else inputs[0].dtype
+        layer.compute_dtype = factor_type(inputs[0])
 
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

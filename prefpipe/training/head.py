@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from prefpipe.models import factor_type
+
 KEPT_BYTES = 2**30
 """head="auto" keeps the logits of a micro-batch for the backward pass up to this size; above it, it is "chunked"."""
 
@@ -124,7 +126,11 @@ def _in_tiles(function: Callable[..., Any], tensors: tuple[Tensor, ...], *, rows
 
 
 class _LinearLogps(torch.autograd.Function):
-    """token_logps of a linear head with a hand-written backward pass: logits become their own gradient in place."""
+    """token_logps of a linear head with a hand-written backward pass: logits become their own gradient in place.
+
+    Matrices are multiplied in autocast's type, as by any linear layer there; what comes out is float32 on a GPU, where
+    logits in 16 bits would be a hundredth of a nat apart.
+    """
 
     @staticmethod
     def forward(
@@ -138,6 +144,8 @@ class _LinearLogps(torch.autograd.Function):
         keep: bool,
         collision: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.given = hidden.dtype
+        hidden = hidden.to(factor_type(hidden))  # the last norm hands over float32 under autocast
         with torch.autocast(hidden.device.type, enabled=False):
             needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             needs_head = needs_weight or needs_bias
@@ -175,7 +183,7 @@ class _LinearLogps(torch.autograd.Function):
         nothing = (None,) * 5
         with torch.autocast(hidden.device.type, enabled=False):
             if form_now:
-                return (grad[:, None].to(slopes.dtype) * slopes, None, None, *nothing)
+                return ((grad[:, None] * slopes).to(ctx.given), None, None, *nothing)
             needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             kernel = weight.to(hidden.dtype)
             of_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -195,11 +203,30 @@ class _LinearLogps(torch.autograd.Function):
                 slope = slope.to(hidden.dtype)
                 if of_hidden is not None:
                     torch.mm(slope, kernel, out=of_hidden[tile])
-                if of_weight is not None and of_weight.dtype == slope.dtype:
-                    of_weight.addmm_(slope.T, hidden[tile])
-                elif of_weight is not None:
-                    of_weight += slope.T @ hidden[tile]
-        return (of_hidden, of_weight, of_bias, *nothing)
+                if of_weight is not None:
+                    _add_product(of_weight, slope.T, hidden[tile])
+        return (None if of_hidden is None else of_hidden.to(ctx.given), of_weight, of_bias, *nothing)
+
+
+def _product(one: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """[n, m] of [n, k] and [k, m], in float32 at least; out: where it may be put."""
+    work = torch.promote_types(one.dtype, torch.float32)
+    if one.dtype == work:
+        return torch.mm(one, other, out=out)
+    if one.is_cuda:
+        return torch.mm(one, other, out_dtype=work, out=out)
+    found = (one @ other).to(work)
+    return found if out is None else out.copy_(found)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add to [n, m] the product of [n, k] and [k, m]."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    elif total.is_cuda:
+        torch.addmm(total, one, other, out_dtype=total.dtype, out=total)
+    else:
+        total += _product(one, other)
 
 
 def _logits(
@@ -212,20 +239,13 @@ def _logits(
     out: Tensor | None = None,
 ) -> Tensor:
     """[n, V], in float32 at least."""
-    work = torch.promote_types(hidden.dtype, torch.float32)
-    if out is not None and hidden.dtype == work:
-        logits = torch.mm(hidden, kernel.T, out=out)
-    else:
-        logits = (hidden @ kernel.T).to(work)
+    logits = _product(hidden, kernel.T, out=out)
     if bias is not None:
         logits += bias
     if scale != 1.0:
         logits *= scale
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    if out is not None and logits is not out:
-        out.copy_(logits)
-        return out
     return logits
 
 

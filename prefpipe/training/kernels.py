@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from prefpipe.models import factor_type
 from prefpipe.training.attention import DOCUMENTS, Document, documents_attention, refuse_unsupported
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,11 @@ def varlen_attention(
     if softcap is not None or dropout > 0:
         raise ValueError("varlen attention knows no soft-capping and no dropout")
     places = layout(tuple(documents), only_read, query.device)
-    queries = query[0].transpose(0, 1)[places.queries].to(dtype)
-    keys, values = (tensor[0].transpose(0, 1)[places.keys].to(dtype) for tensor in (key, value))
+    queries = query.to(dtype)[0].transpose(0, 1)[places.queries]
+    keys, values = (tensor.to(dtype)[0].transpose(0, 1)[places.keys] for tensor in (key, value))
     found = (kernel or _torch_varlen)(queries, keys, values, places, scaling, sliding_window)
     whole = found.new_zeros(1, query.shape[2], *found.shape[1:])
-    return whole.index_copy(1, places.queries, found[None]).to(query.dtype), None
+    return whole.index_copy(1, places.queries, found[None]), None
 
 
 def _torch_varlen(
@@ -147,10 +148,11 @@ def flex_attention(
         assert softcap is not None
         return softcap * (score / softcap).tanh()
 
+    dtype = factor_type(query)
     found: Tensor = _flex(query.device.type)(
-        query,
-        key.to(query.dtype),
-        value.to(query.dtype),
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
         score_mod=None if softcap is None else capped,
         block_mask=mask,
         scale=scaling,
@@ -262,8 +264,7 @@ def why_not(
 
 def _half(query: Tensor) -> torch.dtype:
     """The 16-bit type in use. Under autocast, rotary embeddings hand queries and keys over in 32 bits."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if dtype not in (torch.bfloat16, torch.float16) and device != "cpu":
+    dtype = factor_type(query)
+    if dtype not in (torch.bfloat16, torch.float16) and query.device.type != "cpu":
         raise ValueError(f"varlen attention needs bf16 or fp16, not {dtype}")
     return dtype

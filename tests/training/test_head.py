@@ -1,5 +1,7 @@
 """The head by hand: values against numpy in float64, gradients against autograd through a whole log-softmax."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -88,18 +90,46 @@ def test_lower_precision(dtype, tolerance, mode):
     assert hidden.grad.dtype == head.module.weight.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["plain", "chunked"])
-def test_float32_weights_under_bf16_autocast(mode):
-    """Hidden states come in bf16 there, weights stay float32, and so does their gradient."""
+def test_under_autocast_it_multiplies_as_a_linear_layer_does(mode, given, frozen):
+    """In bf16, whatever type the last norm hands over; weights stay float32, and so does their gradient."""
     head, hidden, targets = made("linear", torch.float32)
+    head.module.requires_grad_(not frozen)
     exact = token_logps(head, hidden, targets).logps
-    (of_weight,) = torch.autograd.grad(exact.sum(), [head.module.weight])
+    wanted = [hidden, *(() if frozen else (head.module.weight,))]
+    expected = torch.autograd.grad(exact.sum(), wanted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = token_logps(head, hidden.bfloat16(), targets, mode=mode).logps
-    (found,) = torch.autograd.grad(out.sum(), [head.module.weight])
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(out, exact, atol=0.05, rtol=0.0)
-    torch.testing.assert_close(found, of_weight, atol=0.2, rtol=0.0)
+        out = token_logps(head, hidden.to(given), targets, mode=mode).logps
+        logits = head.module(hidden).float()
+    assert logits.double().unique().equal(logits.bfloat16().double().unique())
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0], atol=1e-5, rtol=0.0)
+    for mine, theirs in zip(torch.autograd.grad(out.sum(), wanted), expected, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, atol=0.2, rtol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "chunked"])
+def test_on_a_gpu_logits_of_16_bit_factors_are_float32(mode, frozen):
+    """Against the product of the rounded factors in float64; logits in 16 bits would miss it by a hundred times."""
+    head, hidden, targets = made("linear", torch.float32)
+    head.module.requires_grad_(not frozen)
+    factors = [factor.detach().bfloat16().double() for factor in (hidden, head.module.weight)]
+    exact = (factors[0] @ factors[1].T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (wanted,) = torch.autograd.grad(token_logps(head, hidden, targets).logps.sum(), [hidden])
+    on_gpu = replace(head, module=head.module.cuda())
+    given = hidden.detach().cuda().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = token_logps(on_gpu, given, targets.cuda(), mode=mode).logps
+    out.sum().backward()
+    torch.testing.assert_close(out.detach().cpu().double(), exact, atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(given.grad.cpu(), wanted, atol=0.2, rtol=0.0)
+    assert frozen or on_gpu.module.weight.grad.dtype == torch.float32
 
 
 def test_a_uniform_model_gives_minus_log_v_for_each_token():
