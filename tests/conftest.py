@@ -66,6 +66,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """accelerate keeps the precision of the first Accelerator of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
     """The model that comes with prefpipe."""

@@ -224,6 +224,18 @@ def test_lora_trains_two_thin_matrices_for_each_linear_layer() -> None:
     assert estimate(two).gradients == 4 * 32 * 16 * (8192 + 5120)
 
 
+def test_frozen_linear_layers_take_two_bytes_under_autocast() -> None:
+    """Llama 8B: of its 8.03 G parameters, 6.98 G in 32 layers and a head of 0.53 G; DoRA keeps them in float32."""
+    number, linear = 8_030_261_248, 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14_336) + 128_256 * 4096
+    half = {"device": "cuda", "precision": "bf16"}
+    found = estimate(setting(adapter="lora", **half))
+    assert found.weights == 4 * number - 2 * linear + found.gradients
+    assert estimate(setting(adapter="dora", **half)).weights > 4 * number
+    assert estimate(setting(reference="online", **half)).reference == 4 * number - 2 * linear
+    moving = {"reference": "moving", "reference_alpha": 0.5, "reference_steps": 1}
+    assert estimate(setting(**moving, **half)).reference == 4 * number
+
+
 def test_zero_shards_what_its_stage_says() -> None:
     """Stages 2 and 3 on 8 GPUs in bfloat16: 12 bytes of optimizer and master weights, and 4 of gradients, over 8."""
     number = 8_030_261_248

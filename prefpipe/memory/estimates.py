@@ -90,7 +90,7 @@ def _held(setting: Setting) -> Memory:
             weights=weights,
             gradients=FLOAT * trained,
             optimizer=FLOAT * moments * trained,
-            reference=FLOAT * all_of_them if second else _moving_adapter(setting, trained),
+            reference=_second(setting) if second else _moving_adapter(setting, trained),
         )
     size = 2 if setting.half else FLOAT
     of_weights = size * (frozen + trained)
@@ -114,11 +114,21 @@ def _held(setting: Setting) -> Memory:
 
 def _frozen_bytes(setting: Setting, frozen: int) -> int:
     """QLoRA holds the layers in 4 bits and a scale for each 64 of them (Dettmers et al. 2023, arXiv:2305.14314)."""
-    if setting.model.adapter != "qlora":
-        return FLOAT * frozen
-    shape = setting.shape
-    linear = (shape.layers + shape.encoder_layers) * sum(a * b for a, b in shape.linear_widths.values())
-    return round(linear * (0.5 + 1 / 64)) + FLOAT * (frozen - linear)
+    linear = setting.shape.linear_parameters
+    if setting.model.adapter == "qlora":
+        return round(linear * (0.5 + 1 / 64)) + FLOAT * (frozen - linear)
+    return _halved(setting, frozen) if setting.model.adapter == "lora" else FLOAT * frozen
+
+
+def _halved(setting: Setting, frozen: int) -> int:
+    """Frozen weights outside of ZeRO: linear layers are in 16 bits under autocast (training/frozen.py)."""
+    head = 0 if setting.shape.tied or setting.loss.of_rewards else setting.shape.embedding
+    return FLOAT * frozen - (FLOAT - 2) * (setting.shape.linear_parameters + head) * setting.half
+
+
+def _second(setting: Setting) -> int:
+    frozen = setting.shape.num_parameters
+    return FLOAT * frozen if setting.training.reference == "moving" else _halved(setting, frozen)
 
 
 def _moving_adapter(setting: Setting, trained: int) -> int:

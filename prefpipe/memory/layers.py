@@ -104,9 +104,9 @@ class Layers:
     @property
     def copies(self) -> int:
         """16-bit copies of the layers' weights, which autocast keeps as long as the backward pass needs them."""
-        if not self.setting.half or self.setting.hardware.zero_stage:
+        if not self.setting.half or self.setting.hardware.zero_stage or self.setting.model.adapter in ("lora", "qlora"):
             return 0
-        return 2 * len(self.each) * sum(a * b for a, b in self.shape.linear_widths.values())
+        return 2 * self.shape.linear_parameters
 
     def _layer(self, parameters: int, *, tokens: int) -> Layer:
         saved = self._attended(tokens, tokens, self.at.masked) + self._mlp(tokens, tokens)

@@ -64,6 +64,11 @@ class ModelShape:
         return num_layers * self.layer_parameters + cross + ends + last_norms
 
     @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of all layers."""
+        return (self.layers + self.encoder_layers) * sum(a * b for a, b in self.linear_widths.values())
+
+    @property
     def linear_widths(self) -> dict[str, tuple[int, int]]:
         """(input, output) of the linear layers of one layer, by the names that most families give them."""
         h, a, k, i = self.hidden, self.attention, self.key_value, self.intermediate

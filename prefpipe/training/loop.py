@@ -20,7 +20,6 @@ from prefpipe.launch.notice import Listener
 from prefpipe.losses import Loss, PairScores
 from prefpipe.progress import progress
 from prefpipe.records import Demonstration, Pair
-from prefpipe.reward_models import new_reward_model
 from prefpipe.settings import HardwareConfig, ModelConfig, SelectionConfig, TrainingConfig
 from prefpipe.sharding import num_elements
 from prefpipe.training import adapters, rewards
@@ -28,7 +27,7 @@ from prefpipe.training.adapters import with_adapter
 from prefpipe.training.attention import set_attention
 from prefpipe.training.batches import Example, data_order, encode, micro_batches
 from prefpipe.training.diagnostics import FallingChosen, Interval, LogFiles, Measured, metrics, refuse_non_finite
-from prefpipe.training.engine import Engine, Frozen, without_dropout
+from prefpipe.training.engine import Engine, Frozen
 from prefpipe.training.optim import OPTIMIZERS, learning_rate
 from prefpipe.training.parallel import Parallel, connect
 from prefpipe.training.reference import (
@@ -44,6 +43,7 @@ from prefpipe.training.reference import (
 from prefpipe.training.reference_cache import ReferenceCache
 from prefpipe.training.reference_csv import PairNames
 from prefpipe.training.selection import select
+from prefpipe.training.weights import in_float32, load
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,11 @@ def train(job: Job) -> None:
     parallel.refuse_differences({"data": data, "config": hashlib.sha256(config.encode()).hexdigest()})
     log.info("training %s on %s in %s, %d processes", job.policy, device, parallel.precision, parallel.world_size)
 
-    policy = parallel.build(partial(_load, job, job.policy, device))
+    # DoRA divides by the norms of its weights, so those stay as they are read.
+    half = parallel.half if job.model.adapter == "lora" else None
+    policy = parallel.build(partial(_load, job, job.policy, device, half=half))
     own_attention = str(policy.config._attn_implementation)
-    with parallel.evaluating(policy):
+    with parallel.evaluating(policy), in_float32(policy):
         engine = rewards.engine_for(loss, training, policy, examples, device=device)
     engine = engine.with_fastest_attention(policy, models.dtype_of(parallel.precision))
     forward_pass = f"batching {engine.batching}, head {engine.head}, {policy.config._attn_implementation}"
@@ -210,15 +212,8 @@ def run_length(num_examples: int, training: TrainingConfig) -> tuple[int, int]:
     return math.ceil(drawn / training.global_batch_size), drawn
 
 
-def _load(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
-    """Weights in float32: the optimizer's updates at a learning rate of 5e-7 vanish in bfloat16."""
-    if job.loss.of_rewards:
-        model = new_reward_model(job.model, folder, seed=job.seed, device=device)
-    else:
-        four_bit = job.model.adapter == "qlora"
-        model = models.load_weights(job.model, folder, dtype=torch.float32, device=device, four_bit=four_bit)
-    without_dropout(model)
-    return model
+def _load(job: Job, folder: Path, device: torch.device, *, half: torch.dtype | None = None) -> PreTrainedModel:
+    return load(job.model, folder, device, rewards=job.loss.of_rewards, seed=job.seed, half=half)
 
 
 def _reference(
@@ -242,7 +237,8 @@ def _reference(
     elif is_policy and not online:
         frozen = Frozen(policy)
     else:
-        second = parallel.build(partial(_load, job, job.reference, engine.device))
+        half = None if moving else parallel.half
+        second = parallel.build(partial(_load, job, job.reference, engine.device, half=half))
         engine.prepare(second)
         parallel.freeze(second, keep_head="kl" in job.loss.reads)
         frozen = Frozen(second)

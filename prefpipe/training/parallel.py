@@ -172,6 +172,11 @@ class Parallel:
         if self.world_size > 1 and not isinstance(self.model, DistributedDataParallel):
             raise RuntimeError(f"{self.world_size} processes, and accelerate made {type(self.model)} of the model")
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """The type that autocast gives linear layers, and that frozen ones may be held in; None without autocast."""
+        return None if self.precision == "fp32" else models.dtype_of(self.precision)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Within it a model computes in the run's precision."""
         return self.accelerator.autocast()  # type: ignore[no-any-return]
@@ -250,7 +255,8 @@ class Parallel:
 
         None: the model itself holds them.
         """
-        return None
+        halved = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
+        return {name: p.detach().float().cpu() for name, p in self.trained.items()} if halved else None
 
 
 class Zero(Parallel):
@@ -319,6 +325,10 @@ class Zero(Parallel):
             # The engine reads the head's weights without calling the head, so nothing else would gather them.
             for parameter in _head_parameters(unwrapped(model)):
                 deepspeed.zero.register_external_parameter(forward, parameter)
+
+    @property
+    def half(self) -> torch.dtype | None:
+        return None  # `placed` converts all
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -52,13 +50,7 @@ TRAINING = TrainingConfig(
 TINY = ModelConfig(name="tiny", path="builtin:tiny")
 ADAPTER = replace(TINY, adapter="lora")
 
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """accelerate keeps the precision of the first Accelerator of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("any_precision")
 
 
 def pairs(count: int = 4) -> list[Pair]:
