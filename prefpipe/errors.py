@@ -34,6 +34,12 @@ class ApiError(PrefpipeError, RuntimeError):
     kind = "api"
 
 
+class HangError(PrefpipeError, RuntimeError):
+    """A process of a training run no longer gets on, and the others wait for it."""
+
+    kind = "hang"
+
+
 OUT_OF_MEMORY: tuple[str, ...] = (
     "out of memory",
     "can't allocate memory",

@@ -12,14 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import orjson
 
-from prefpipe.errors import PrefpipeError, kind_of
+from prefpipe.errors import HangError, PrefpipeError, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ GRACE_SECONDS = 10.0
 LINES_KEPT = 400
 """Of a Talker's log, for the error that tells of its end."""
 
+
+CHECK_SECONDS, CHECKS = 5.0, 3
+"""So often in a row, and so far apart, a child of a group is found stopped before it counts as hung."""
 
 KILLED = "killed"
 """The class of failure of a process that a signal ended."""
@@ -65,11 +68,14 @@ def die_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
-def run_process(command: Sequence[str], what: str, *, environment: Mapping[str, str] | None = None) -> None:
+def run_process(
+    command: Sequence[str], what: str, *, environment: Mapping[str, str] | None = None, in_step: bool = False
+) -> None:
     """Run a command to its end, its output passed through.
 
     The child gets its own process group, which is ended with this process: on an error, on Ctrl-C, and, on Linux, even
     when this process is killed outright, so that no orphan goes on writing.
+    in_step: the processes that it starts wait for each other, so one that is stopped (SIGSTOP) alone is killed.
     Raises ChildError when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="prefpipe-") as folder:
@@ -81,12 +87,45 @@ def run_process(command: Sequence[str], what: str, *, environment: Mapping[str, 
             env={**(os.environ if environment is None else environment), ERROR_FILE: str(told)},
         )
         try:
-            code = child.wait()
+            code, hung = _wait_in_step(child) if in_step else (child.wait(), None)
         except BaseException:
             _end_group(child)
             raise
+        if code and hung:
+            reason = (
+                f"process {hung} of {what} was stopped by a signal for {CHECKS * CHECK_SECONDS:.0f} s, while others "
+                f"waited for it; all were ended, and the same command again goes on from the last state"
+            )
+            raise ChildError(reason, HangError.kind, reason)
         if code:
             raise ChildError(f"{what} {_why(code)}", **(_told(told) or _kind(code)))
+
+
+def _wait_in_step(child: subprocess.Popen[bytes]) -> tuple[int, int | None]:
+    """(exit code, which process was killed because it was stopped)."""
+    found, hung = Counter[int](), None
+    while True:
+        try:
+            return child.wait(CHECK_SECONDS), hung
+        except subprocess.TimeoutExpired:
+            stopped = _stopped_alone(child.pid)
+            found = Counter({pid: found[pid] + 1 for pid in stopped})
+            for pid in (pid for pid, times in found.items() if times == CHECKS):
+                hung = pid
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _stopped_alone(parent: int) -> list[int]:
+    """Its children that are stopped, where others are not: all of them are when somebody wants a pause."""
+    import psutil
+
+    states = {}
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(parent).children():
+            with contextlib.suppress(psutil.Error):
+                states[process.pid] = process.status() == psutil.STATUS_STOPPED
+    return [] if all(states.values()) else [pid for pid, stopped in states.items() if stopped]
 
 
 def _ignore_notice() -> None:

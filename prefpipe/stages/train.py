@@ -89,7 +89,7 @@ def train(
             work, policy, model, loss, training, hardware, reference == policy, reference_logps is not None
         )
         with attempt.watched():
-            run_process(command, "training", environment=torchrun.environment(hardware))
+            run_process(command, "training", environment=torchrun.environment(hardware), in_step=True)
 
     node = torchrun.node_rank(hardware)
     if node:  # the first node publishes

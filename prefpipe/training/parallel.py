@@ -27,13 +27,15 @@ from prefpipe.settings import HardwareConfig, TrainingConfig
 from prefpipe.training import checkpoints
 from prefpipe.training.deepspeed import deepspeed_config
 from prefpipe.training.engine import unwrapped
+from prefpipe.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 TIMEOUT = timedelta(minutes=30)
-"""What one process may take longer than another, e.g. to save a state, before the run is given up as hung."""
+"""What one process may take longer than another, e.g. to save a state, before the run is given up as hung. In a step
+training/watchdog.py gives up sooner."""
 
 WHOLE = "whole copies"
 TAG = "zero"
@@ -78,6 +80,7 @@ class Parallel:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self._connect()
+        self._watchdog = Watchdog(watches=self.world_size > 1)
 
     def _connect(self) -> None:
         self.accelerator = Accelerator(
@@ -183,6 +186,10 @@ class Parallel:
 
     def backward(self, compute: Compute, *, last: bool) -> None:
         """Add the gradient of compute(model) to the others of this step; after the last, processes exchange theirs."""
+        self._watchdog.beat()
+        self._backward(compute, last=last)
+
+    def _backward(self, compute: Compute, *, last: bool) -> None:
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.autocast():
                 loss = self.model(compute)
@@ -202,12 +209,14 @@ class Parallel:
 
     def save(self, folder: Path, step: int, extra: dict[str, Any]) -> None:
         """Write a state to go on from; every process has to come here."""
-        if self.is_first:
-            checkpoints.begin(folder, step)
-        self._write(checkpoints.aside(folder, step))
-        if self.is_first:
-            scaler = None if self._scaler is None else self._scaler.state_dict()
-            checkpoints.publish(folder, step, {"scaler": scaler, "sharding": self.sharding, **extra})
+        with self._watchdog.paused():
+            if self.is_first:
+                checkpoints.begin(folder, step)
+            self._write(checkpoints.aside(folder, step))
+            if self.is_first:
+                scaler = None if self._scaler is None else self._scaler.state_dict()
+                checkpoints.publish(folder, step, {"scaler": scaler, "sharding": self.sharding, **extra})
+            self.wait()
 
     def load(self, folder: Path) -> dict[str, Any] | None:
         """Go back to the newest undamaged state; its state.json, or None where there is none.
@@ -253,8 +262,12 @@ class Parallel:
     def whole(self) -> dict[str, Tensor] | None:
         """All parameters, or those of the adapter that was trained, in float32 on the CPU of the first process.
 
-        None: the model itself holds them.
+        None: the model itself holds them. Nothing is trained after this.
         """
+        self._watchdog.stop()
+        return self._whole()
+
+    def _whole(self) -> dict[str, Tensor] | None:
         halved = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
         return {name: p.detach().float().cpu() for name, p in self.trained.items()} if halved else None
 
@@ -333,7 +346,7 @@ class Zero(Parallel):
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def backward(self, compute: Compute, *, last: bool) -> None:
+    def _backward(self, compute: Compute, *, last: bool) -> None:
         # Micro-batches of a token budget are not equally many in each step, so the boundary is said, not counted.
         self.model.set_gradient_accumulation_boundary(last)
         loss = self.model(compute)
@@ -378,7 +391,7 @@ class Zero(Parallel):
     def _scaler(self) -> Any:
         return None  # DeepSpeed's own is in its state
 
-    def whole(self) -> dict[str, Tensor] | None:
+    def _whole(self) -> dict[str, Tensor] | None:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}

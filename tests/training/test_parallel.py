@@ -1,6 +1,7 @@
 """Training in several processes: DDP and DeepSpeed's ZeRO give the losses of one process, and go on exactly."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -200,9 +201,12 @@ def test_killed_and_gone_on_is_the_same_run_bit_for_bit(tmp_path, tiny_folder, m
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("victim", ["training.worker", "prefpipe stage=train"])
-def test_one_death_ends_them_all(tmp_path, victim):
-    """Of a training process, or of the command itself: no process is left, whoever is killed outright."""
+@pytest.mark.parametrize(
+    ("victim", "sign"),
+    [("training.worker", "SIGKILL"), ("prefpipe stage=train", "SIGKILL"), ("training.worker", "SIGSTOP")],
+)
+def test_one_death_ends_them_all(tmp_path, victim, sign):
+    """Of a training process, or of the command itself: no process is left, whoever is killed outright, or hangs."""
     rows = [
         {"prompt": f"{tmp_path.name} What is {i} + {i}?", "chosen": f"#### {2 * i}", "rejected": f"#### {2 * i + 1}"}
         for i in range(30)
@@ -217,12 +221,17 @@ def test_one_death_ends_them_all(tmp_path, victim):
     driver = subprocess.Popen([*prefpipe, "stage=train", *common, *knobs], cwd=tmp_path, stderr=subprocess.PIPE)
     until(lambda: any(file.stat().st_size for file in tmp_path.rglob("metrics.jsonl")), seconds=120)
     assert len(members(f"{tmp_path}")) == 4  # the command, torchrun, and two that train
-    os.kill(members(victim, f"{tmp_path}")[-1], signal.SIGKILL)
+    os.kill(members(victim, f"{tmp_path}")[-1], signal.Signals[sign])
     until(lambda: not members(f"{tmp_path}"), seconds=30)
     assert driver.wait() != 0
     assert driver.stderr is not None
-    if victim == "training.worker":
-        assert b"prefpipe: error: training failed with exit code 1" in driver.stderr.read()
+    said = driver.stderr.read().decode()
+    if sign == "SIGSTOP":
+        assert re.search(
+            r"prefpipe: error: process \d+ of training was stopped by a signal for 15 s, while others", said
+        )
+    elif victim == "training.worker":
+        assert "prefpipe: error: training failed with exit code 1" in said
 
 
 def members(*marks: str) -> list[int]:
