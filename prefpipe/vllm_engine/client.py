@@ -8,6 +8,7 @@ import os
 import queue
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,15 @@ class Engines:
         self.max_model_len = 0
         self._answers: queue.Queue[tuple[Talker, bytes | None]] = queue.Queue()
         self._talkers: list[Talker] = []
+        # vLLM 0.32 leaves its sockets behind.
+        self._sockets = tempfile.TemporaryDirectory(prefix="prefpipe-", ignore_cleanup_errors=True)
         try:
             for number in range(settings.data_parallel_size):
                 talker = Talker(
                     [_python(settings), "-P", str(WORKER)],
                     f"vLLM engine {number}" if settings.data_parallel_size > 1 else "the vLLM engine",
                     self._answers,
-                    environment=_environment(settings, number),
+                    environment={"VLLM_RPC_BASE_PATH": self._sockets.name, **_environment(settings, number)},
                 )
                 self._talkers.append(talker)
                 talker.ask(_line(_for_worker(settings)))
@@ -114,6 +117,7 @@ class Engines:
         for talker in self._talkers:
             talker.close(now=now)
         self._talkers = []
+        self._sockets.cleanup()
 
     def _next(self) -> dict[str, Any]:
         talker, line = self._answers.get()
