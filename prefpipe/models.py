@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -468,8 +470,11 @@ def save_weights(
 def import_transformers() -> None:
     """Import transformers without scikit-learn, from which it wants one curve for assisted generation.
 
-    With it (MLflow installs it), and what it brings, a third of the time goes that a process takes to come up.
+    With it (MLflow installs it), and what it brings, a third of the time goes that a process takes to come up. And at
+    its end a process would look for garbage in all that for most of a second.
     """
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     if "sklearn" not in sys.modules:
         sys.modules["sklearn"] = None  # type: ignore[assignment]
         try:

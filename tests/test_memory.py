@@ -277,6 +277,8 @@ def test_a_micro_batch_holds_the_longest_pairs_that_fit() -> None:
     assert micro_batch(pairs, training) == [(100, 20, 10), (50, 40, 60)]
     assert micro_batch(pairs, replace(training, micro_batch_tokens=400)) == [(100, 20, 10)]
     assert micro_batch(pairs, replace(training, micro_batch_tokens=100)) == [(100, 20, 10)]
+    demonstrations = [(50, 10, 0), (40, 10, 0)]
+    assert micro_batch(demonstrations, replace(training, micro_batch_tokens=110)) == demonstrations
     assert longest_allowed(replace(training, max_tokens=100, max_prompt_tokens=60)) == [(60, 40, 40)] * 2
     assert longest_allowed(training, pairwise=False)[0].rejected == 0
 

@@ -108,3 +108,15 @@ print(importlib.util.find_spec("sklearn") is not None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["['transformers']", "True"], done.stderr
+
+
+def test_a_process_that_loaded_transformers_does_not_look_for_garbage_at_its_end():
+    code = (
+        "import atexit, gc, weakref; from prefpipe.models import import_transformers\n"
+        "class Thing: pass\n"
+        "thing = Thing(); weakref.finalize(thing, print, 'finalized')\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 10_000))\n"
+        "import_transformers(); import_transformers()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True", "finalized"]

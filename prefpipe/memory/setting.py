@@ -110,7 +110,7 @@ def micro_batch(lengths: Iterable[Sequence[int]], training: TrainingConfig) -> l
     taken: list[Lengths] = []
     tokens = 0
     for pair in longest:
-        tokens += 2 * pair.prompt + pair.chosen + pair.rejected
+        tokens += pair.prompt * (2 if pair.rejected else 1) + pair.chosen + pair.rejected
         if taken and training.micro_batch_tokens is not None and tokens > training.micro_batch_tokens:
             break
         taken.append(pair)

@@ -48,9 +48,11 @@ class Example(NamedTuple):
         """Tokens of the chosen side that are trained on."""
         return len(self.chosen) if self.trained is None else int(self.trained.sum())
 
-    def tokens(self, *, pairwise: bool) -> int:
+    @property
+    def tokens(self) -> int:
         """Number of tokens of both sides, each with its prompt (SFT: of the chosen side)."""
-        return len(self.prompt) * (1 + pairwise) + len(self.chosen) + len(self.rejected)
+        sides = 2 if len(self.rejected) else 1
+        return len(self.prompt) * sides + len(self.chosen) + len(self.rejected)
 
     @property
     def length(self) -> int:
@@ -260,11 +262,11 @@ def micro_batches(examples: Sequence[Example], indices: Sequence[int], training:
     batches: list[list[int]] = []
     tokens = 0
     for index in sorted(indices, key=lambda i: (-examples[i].length, examples[i].prompt.tobytes(), i)):
-        tokens += examples[index].tokens(pairwise=True)
+        tokens += examples[index].tokens
         full = not batches or len(batches[-1]) == training.micro_batch_size
         if full or (training.micro_batch_tokens is not None and tokens > training.micro_batch_tokens):
             batches.append([])
-            tokens = examples[index].tokens(pairwise=True)
+            tokens = examples[index].tokens
         batches[-1].append(index)
     return batches
 

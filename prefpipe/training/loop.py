@@ -165,7 +165,7 @@ def train(job: Job) -> None:
             grad_norm = parallel.step(rate)
             if reference is not None:
                 reference.follow(step + 1)
-            tokens = sum(examples[i].tokens(pairwise=loss.pairwise) for i in indices)
+            tokens = sum(examples[i].tokens for i in indices)
             since.add_step(divisor, tokens, rows=[examples[i].row for micro in mine for i in micro])
             shown.update()
             if (step + 1) % training.log_every_steps and step + 1 < num_steps:

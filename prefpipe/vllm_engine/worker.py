@@ -215,14 +215,6 @@ def say(answers: BinaryIO, **message: Any) -> None:
         line = line[answers.write(line) :]
 
 
-def leave() -> None:
-    """End this process with what is to be done at its end, but without taking the interpreter apart, for 1.7 s."""
-    gc.collect()
-    atexit._run_exitfuncs()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as in prefpipe.models.import_transformers
     main()
-    leave()

@@ -172,7 +172,15 @@ def test_a_token_budget_holds_but_for_pairs_that_are_longer_alone(sizes, budget)
     assert sorted(i for batch in cut for i in batch) == list(range(len(sizes)))
     for batch in cut:
         assert 1 <= len(batch) <= 5
-        assert len(batch) == 1 or sum(examples[i].tokens(pairwise=True) for i in batch) <= budget
+        assert len(batch) == 1 or sum(examples[i].tokens for i in batch) <= budget
+
+
+def test_a_demonstration_takes_its_prompt_once_from_the_budget():
+    training = TrainingConfig(micro_batch_size=5, micro_batch_tokens=30)
+    alone, pair = example(0, 10, 5, 0), example(0, 10, 5, 5)
+    assert (alone.tokens, pair.tokens) == (15, 30)
+    assert micro_batches([alone] * 4, range(4), training) == [[0, 1], [2, 3]]
+    assert micro_batches([pair] * 2, range(2), training) == [[0], [1]]
 
 
 def flat(*rows: list[int]) -> list[int]:
