@@ -16,7 +16,7 @@ def main() -> None:
     if python is None:
         print("vllm_generation: skipped, as there is no environment with vLLM; `make test-vllm` makes one")
     else:
-        report(vllm_generation.run(python, threads=1), RESULTS / "vllm_generation_cpu.json")
+        report(vllm_generation.run(python), RESULTS / "vllm_generation_cpu.json")
     report(pairing.run(), RESULTS / "pairing_cpu.json")
     report(deduplicate.run(), RESULTS / "deduplicate_cpu.json")
     report(scoring.run(), RESULTS / "scoring_cpu.json")
