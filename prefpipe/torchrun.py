@@ -85,8 +85,8 @@ def environment(hardware: HardwareConfig) -> dict[str, str]:
     if hardware.zero_stage:
         # DeepSpeed compiles what it needs by ninja, which stands beside this Python.
         variables["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), variables.get("PATH", "")])
-        if hardware.device == "cpu" or not visible_gpus():
-            variables["DS_ACCELERATOR"] = "cpu"
+    if hardware.device == "cpu" or not visible_gpus():
+        variables["DS_ACCELERATOR"] = "cpu"  # other libraries import it where it is installed, and it would warn
     return variables
 
 

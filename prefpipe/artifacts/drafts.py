@@ -231,7 +231,9 @@ class Draft:
         write_json(self.work / "provenance.json", provenance)
         write_json(self.work / "manifest.json", content)
         self._move_into_place()
-        log.info("%s: %d records, %s", self.out, content["num_records"], describe_counts(counts))
+        of_rows = counts["rows_in"] or content["num_records"] or not parts
+        what = f"{content['num_records']} records, {describe_counts(counts)}" if of_rows else f"{len(parts)} files"
+        log.info("%s: %s", self.out, what)
 
     def _move_into_place(self) -> None:
         """The last step. The manifest is there, so a kill from here on loses nothing: `_open` finishes the move."""
